@@ -1,0 +1,185 @@
+"""The one room that knows that array libraries differ.
+
+Everything else in the package is written against the Python array API standard (2023.12) and asks
+this module for what the standard leaves open: which namespace a set of arrays belongs to, whether
+values may be looked at now or only inside a traced program, a triangular solve, reproducible random
+numbers, and moving a small core to the host and back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+Array = Any
+Namespace = Any
+
+
+def namespace(**arrays: Array) -> Namespace:
+    """The array API namespace shared by the named arrays, after checking that they can work together.
+
+    Raises ``TypeError`` for anything that is not an array, for two libraries, two dtypes or a dtype that
+    is not floating; ``ValueError`` for two devices. The messages name the argument.
+    """
+    for name, x in arrays.items():
+        if not compat.is_array_api_obj(x):
+            raise TypeError(f"{name} must be an array, not {type(x).__name__}; convert it first, e.g. numpy.asarray")
+    (first, x0), *others = arrays.items()
+    xp = compat.array_namespace(x0)
+    if not xp.isdtype(x0.dtype, ("real floating", "complex floating")) and not is_half(x0):
+        raise TypeError(
+            f"{first} has dtype {x0.dtype} (shape {tuple(x0.shape)}); a floating dtype is needed, "
+            "convert it to float32 or float64 first"
+        )
+    for name, x in others:
+        if compat.array_namespace(x) is not xp:
+            raise TypeError(
+                f"{first} is a {type(x0).__module__} array and {name} a {type(x).__module__} array; "
+                "bring both to one library"
+            )
+        if x.dtype != x0.dtype:
+            raise TypeError(
+                f"{first} has dtype {x0.dtype} and {name} has dtype {x.dtype} "
+                f"(shapes {tuple(x0.shape)}, {tuple(x.shape)}); convert one of them"
+            )
+        if not is_traced(x0, x) and compat.device(x) != compat.device(x0):
+            raise ValueError(
+                f"{first} (shape {tuple(x0.shape)}) is on device {compat.device(x0)} and {name} "
+                f"(shape {tuple(x.shape)}) on {compat.device(x)}; move one of them"
+            )
+    return xp
+
+
+def device(x: Array) -> Any:
+    """The device of x, for arrays made beside it; None, the library's choice, inside a traced JAX program."""
+    return None if compat.is_jax_array(x) and is_traced(x) else compat.device(x)
+
+
+def is_half(x: Array) -> bool:
+    """Whether x is float16 or bfloat16, dtypes that are stored but not computed in."""
+    return str(x.dtype).rsplit(".")[-1] in ("float16", "bfloat16")
+
+
+def is_traced(*arrays: Array) -> bool:
+    """Whether any array is symbolic, so that no value of it may decide what is computed next."""
+    for x in arrays:
+        if compat.is_jax_array(x):
+            import jax
+
+            if isinstance(x, jax.core.Tracer):
+                return True
+        elif compat.is_torch_array(x):
+            import torch
+
+            # A vmapped tensor shows a batch of values as one, so that it has no single truth value.
+            if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def arithmetic(x: Array):
+    """Products of x are formed in its own dtype here (no autocast, no TF32), and overflow travels as Inf or
+    NaN to where results are judged, on NumPy as on every other library."""
+    if compat.is_torch_array(x):
+        import torch
+
+        with torch.autocast(x.device.type, enabled=False):
+            yield
+    elif compat.is_jax_array(x):
+        import jax
+
+        with jax.default_matmul_precision("highest"):
+            yield
+    else:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
+            yield
+
+
+def repeat(body: Callable[[Any, Any], Any], state: Any, count: int, *, like: Array, done: Any = None) -> Any:
+    """state ← body(k, state) for k < count, or until ``done(state)`` where values can be looked at.
+
+    A traced JAX program gets one compiled loop instead of ``count`` copies of the body.
+    """
+    if compat.is_jax_array(like) and is_traced(like):
+        import jax
+
+        return jax.lax.fori_loop(0, count, body, state)
+    for k in range(count):
+        state = body(k, state)
+        if done is not None and not is_traced(like) and done(state):
+            break
+    return state
+
+
+def has_derivative(x: Array) -> bool:
+    """Whether x's library differentiates, so that a rule of one's own can be attached."""
+    return compat.is_torch_array(x) or compat.is_jax_array(x)
+
+
+def stop_gradient(x: Array) -> Array:
+    """x without its history of derivatives."""
+    if compat.is_torch_array(x):
+        return x.detach()
+    if compat.is_jax_array(x):
+        import jax
+
+        return jax.lax.stop_gradient(x)
+    return x
+
+
+def matrix_transpose_conj(x: Array, xp: Namespace) -> Array:
+    """xᴴ over the last two axes."""
+    return xp.conj(x.mT) if xp.isdtype(x.dtype, "complex floating") else x.mT
+
+
+def real_dtype(x: Array, xp: Namespace) -> Any:
+    """The real dtype of x's precision."""
+    return xp.real(x[..., :0, :0]).dtype if xp.isdtype(x.dtype, "complex floating") else x.dtype
+
+
+def widest_real(x: Array, xp: Namespace) -> Any:
+    """float64 where x's namespace and device have it, else float32 (JAX without x64, for one)."""
+    return xp.__array_namespace_info__().dtypes(kind="real floating").get("float64", xp.float32)
+
+
+def generator(rng: int | np.random.Generator | None) -> np.random.Generator:
+    """The host's generator; every backend draws the same numbers from one seed."""
+    if rng is not None and not isinstance(rng, (int, np.integer, np.random.Generator)):
+        raise TypeError(f"rng must be None, an int or a numpy.random.Generator, not {type(rng).__name__}")
+    return np.random.default_rng(rng)
+
+
+def to_host(x: Array) -> np.ndarray:
+    """x as a NumPy array, without its history of derivatives."""
+    if compat.is_torch_array(x):
+        return x.detach().cpu().numpy()
+    if compat.is_cupy_array(x):
+        return x.get()
+    if compat.is_numpy_array(x) or compat.is_jax_array(x):
+        return np.asarray(x)
+    return np.from_dlpack(x)
+
+
+def from_host(values: np.ndarray, like: Array, xp: Namespace, *, dtype: Any = None) -> Array:
+    """A NumPy array brought to the namespace and device of ``like``, in its dtype unless another is named."""
+    return xp.asarray(values, dtype=like.dtype if dtype is None else dtype, device=device(like))
+
+
+def solve_triangular(lower: Array, b: Array, xp: Namespace) -> Array:
+    """L⁻¹ b for lower-triangular L, by the library's own triangular solve."""
+    if compat.is_torch_array(b):
+        return xp.linalg.solve_triangular(lower, b, upper=False)
+    if compat.is_jax_array(b):
+        import jax.scipy.linalg as linalg
+    elif compat.is_cupy_array(b):
+        import cupyx.scipy.linalg as linalg
+    elif compat.is_numpy_array(b):
+        import scipy.linalg as linalg
+    else:
+        return xp.linalg.solve(lower, b)
+    return linalg.solve_triangular(lower, b, lower=True)

@@ -1,0 +1,93 @@
+"""Backends and matrices shared by all tests.
+
+``xp`` runs a test once per array library. A machine without a GPU skips the two CUDA backends and says
+so; any other library that is missing is an error, because the test extra installs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat
+import array_api_strict
+import hypothesis
+import jax
+import numpy as np
+import pytest
+import torch
+
+from lowrank._array import to_host
+
+jax.config.update("jax_enable_x64", True)
+hypothesis.settings.register_profile("lowrank", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("lowrank")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An array library, as far as a test needs one."""
+
+    name: str
+    asarray: Callable[[np.ndarray], Any]
+
+    def check(self, result: Any, like: Any, shape: tuple[int, ...], dtype: Any = None) -> np.ndarray:
+        """Assert namespace, device, dtype and shape of a result, and return it as a NumPy array."""
+        assert array_api_compat.array_namespace(result) is array_api_compat.array_namespace(like)
+        assert array_api_compat.device(result) == array_api_compat.device(like)
+        assert result.dtype == (like.dtype if dtype is None else dtype)
+        assert tuple(result.shape) == shape
+        return to_host(result)
+
+
+def _read_only(x: np.ndarray) -> np.ndarray:
+    x = np.array(x)
+    x.flags.writeable = False
+    return x
+
+
+def _cupy(x: np.ndarray) -> Any:
+    import cupy
+
+    return cupy.asarray(x)
+
+
+_BACKENDS: dict[str, Callable[[np.ndarray], Any]] = {
+    "numpy": np.asarray,
+    "numpy-read-only": _read_only,
+    "array-api-strict": array_api_strict.asarray,
+    "torch": lambda x: torch.asarray(np.array(x)),
+    "jax": jax.numpy.asarray,
+    "cupy": _cupy,
+    "torch-cuda": lambda x: torch.asarray(np.array(x), device="cuda"),
+}
+
+
+@pytest.fixture(params=list(_BACKENDS), scope="session")
+def xp(request: pytest.FixtureRequest) -> Backend:
+    if request.param in ("cupy", "torch-cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    return Backend(request.param, _BACKENDS[request.param])
+
+
+def from_spectrum(
+    singular_values: np.ndarray, m: int, n: int, *, seed: int = 0, complex_: bool = False, dtype: Any = np.float64
+) -> tuple[np.ndarray, np.ndarray]:
+    """An m × n matrix of the given nonzero singular values, in ``dtype``, and its pseudoinverse in fp64."""
+    rng = np.random.default_rng(seed)
+    sigma = np.asarray(singular_values, dtype=np.float64)
+
+    def orthonormal(p: int) -> np.ndarray:
+        z = rng.standard_normal((p, p)) + (1j * rng.standard_normal((p, p)) if complex_ else 0.0)
+        return np.linalg.qr(z)[0][:, : len(sigma)]
+
+    u, v = orthonormal(m), orthonormal(n)
+    return ((u * sigma) @ v.conj().T).astype(dtype), (v / sigma) @ u.conj().T
+
+
+def gaussian_gram(points: np.ndarray, lengthscale: float = 1.0) -> np.ndarray:
+    """The Gram matrix of the Gaussian kernel by direct sums in fp64."""
+    points = np.asarray(points, dtype=np.float64)
+    d2 = np.sum((points[..., :, None, :] - points[..., None, :, :]) ** 2, axis=-1)
+    return np.exp(-0.5 * d2 / lengthscale**2)

@@ -1,0 +1,482 @@
+"""pinv_newton: right on prescribed spectra, on every backend, element by element, twice differentiable."""
+
+from __future__ import annotations
+
+import pickle
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from array_api_compat import array_namespace
+from conftest import Backend, from_spectrum, gaussian_gram
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+from torch.autograd import gradcheck, gradgradcheck
+
+from lowrank import pinv_newton
+from lowrank._accurate import accurate_product
+from lowrank._array import to_host
+
+SHAPES = [(12, 12), (30, 7), (7, 30), (1, 9)]
+
+
+def adjoint(a: np.ndarray) -> np.ndarray:
+    return np.conj(np.swapaxes(a, -1, -2))
+
+
+def norm(a: np.ndarray) -> float:
+    return float(np.linalg.norm(a, 2))
+
+
+def penrose(a: np.ndarray, x: np.ndarray) -> float:
+    """The largest relative defect of the four Penrose equations, evaluated in fp64."""
+    wide = np.complex128 if np.iscomplexobj(a) else np.float64
+    a, x = a.astype(wide), x.astype(wide)
+    e, f = x @ a, a @ x
+    if norm(a) == 0:
+        return norm(x)
+    return max(norm(a @ e - a) / norm(a), norm(e @ x - x) / norm(x), norm(e - adjoint(e)), norm(f - adjoint(f)))
+
+
+@st.composite
+def spectra(draw, precision: str):
+    """Shape, nonzero singular values (log-spaced with multiplicities, scaled), complexity and seed."""
+    m, n = draw(st.integers(1, 24)), draw(st.integers(1, 24))
+    rank = draw(st.integers(1, min(m, n)))
+    kappa = 10.0 ** draw(st.floats(0, 8 if precision == "double" else 4)) if rank > 1 else 1.0
+    repeats = draw(st.integers(1, 4))
+    distinct = np.logspace(0, -np.log10(kappa), max(2, -(-rank // repeats)))
+    sigma = np.sort(np.tile(distinct, repeats)[: rank - 1])[::-1] if rank > 1 else np.empty(0)
+    sigma = np.append(sigma, distinct[-1] if rank > 1 else 1.0)
+    sigma[0] = 1.0
+    scale = 10.0 ** draw(st.integers(-12, 12))
+    return m, n, sigma * scale, kappa, draw(st.booleans()), draw(st.integers(0, 2**16))
+
+
+def check_spectrum(case, real, complex_) -> None:
+    m, n, sigma, kappa, is_complex, seed = case
+    dtype = complex_ if is_complex else real
+    a, exact = from_spectrum(sigma, m, n, seed=seed, complex_=is_complex, dtype=dtype)
+    x, info = pinv_newton(a, return_info=True)
+    assert x.dtype == dtype
+    assert x.shape == (n, m)
+    assert info.rank == len(sigma)
+    assert info.cutoff < sigma[-1]
+    # Entries of A are rounded to eps·‖A‖, which alone moves X by κ·eps·‖X‖; products add √n of the same.
+    tolerance = 8 * np.sqrt(max(m, n)) * kappa * np.finfo(dtype).eps
+    assert norm(x - exact) <= tolerance * norm(exact)
+    assert penrose(a, x) <= tolerance
+    assert info.residual <= tolerance * np.sqrt(n)
+
+
+@given(spectra("double"))
+def test_penrose_equations_in_double_precision(case):
+    check_spectrum(case, np.float64, np.complex128)
+
+
+@given(spectra("single"))
+def test_penrose_equations_in_single_precision(case):
+    check_spectrum(case, np.float32, np.complex64)
+
+
+@pytest.mark.parametrize("rank", range(13))
+def test_every_rank_of_a_square_matrix(rank):
+    a, exact = from_spectrum(np.logspace(0, -6, rank), 12, 12)
+    x, info = pinv_newton(a, return_info=True)
+    assert info.rank == rank
+    assert norm(x - exact) <= 8 * np.sqrt(12) * 1e6 * np.finfo(float).eps * max(norm(exact), 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_cutoff_separates_a_gap_of_ten(dtype):
+    rtol = 1e-3
+    sigma = np.array([1.0, 0.9, 0.1, rtol * np.sqrt(10), rtol / np.sqrt(10), 1e-5])
+    a, _ = from_spectrum(sigma, 10, 8, dtype=dtype)
+    x, info = pinv_newton(a, rtol=rtol, return_info=True)
+    assert info.rank == 4
+    assert np.isclose(info.cutoff, rtol, rtol=0.1)
+    expected = np.linalg.pinv(a.astype(np.float64), rcond=rtol)
+    # A gap between kept and dropped values of relative size 1 turns a perturbation eps·‖A‖ of A
+    # into eps·‖A‖·‖X‖² of X, κ = 1/(rtol √10).
+    assert norm(x - expected) <= 30 * np.finfo(dtype).eps / (rtol * np.sqrt(10)) * norm(expected)
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_backends_agree(xp: Backend, m, n):
+    rank = max(1, min(m, n) - 2)
+    a, exact = from_spectrum(np.logspace(0, -3, rank), m, n)
+    given_ = xp.asarray(np.stack([a, 3 * a]))
+    x, info = pinv_newton(given_, return_info=True)
+    got = xp.check(x, given_, (2, n, m))
+    assert np.allclose(got, np.stack([exact, exact / 3]), rtol=0, atol=1e3 * 1e3 * np.finfo(float).eps * norm(exact))
+    assert to_host(info.rank).tolist() == [rank, rank]
+    for field in (info.bound, info.residual, info.cutoff):
+        xp.check(field, given_, (2,))
+
+
+def test_backends_agree_with_a_ridge(xp: Backend):
+    gram = gaussian_gram(np.random.default_rng(0).standard_normal((5, 16, 3)))
+    given_ = xp.asarray(gram)
+    x, info = pinv_newton(given_, hermitian=True, ridge=0.01, return_info=True)
+    exact = np.linalg.inv(gram + 0.01 * np.eye(16))
+    assert np.allclose(xp.check(x, given_, (5, 16, 16)), exact, rtol=0, atol=1e4 * np.finfo(float).eps)
+    assert to_host(info.rank).tolist() == [16] * 5
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_complex_backends_agree(xp: Backend, dtype):
+    a, exact = from_spectrum(np.logspace(0, -2, 5), 6, 5, complex_=True, dtype=np.dtype(dtype))
+    given_ = xp.asarray(a)
+    got = xp.check(pinv_newton(given_), given_, (5, 6))
+    assert norm(got - exact) <= 40 * 100 * np.finfo(dtype).eps * norm(exact)
+
+
+@pytest.mark.parametrize("method", ["newton", "direct"])
+@pytest.mark.parametrize("hermitian", [False, True])
+def test_methods_agree_with_numpy(method, hermitian):
+    rng = np.random.default_rng(5)
+    q = np.linalg.qr(rng.standard_normal((9, 9)) + 1j * rng.standard_normal((9, 9)))[0]
+    values = np.array([1.0, -0.5, 0.3, -1e-3, 1e-2, 0, 0, 0, 2.0])  # indefinite and singular
+    a = (q * values) @ adjoint(q)
+    a = 0.5 * (a + adjoint(a))
+    x, info = pinv_newton(a, hermitian=hermitian, method=method, return_info=True)
+    assert norm(x - np.linalg.pinv(a, rcond=1e-11)) <= 2e3 * 30 * np.finfo(float).eps * 1e3
+    assert info.rank == 6
+    if hermitian:
+        assert np.array_equal(x, adjoint(x))
+
+
+def test_direct_with_a_ridge_is_the_inverse():
+    gram = gaussian_gram(np.random.default_rng(1).standard_normal((3, 12, 2)))
+    direct = pinv_newton(gram, hermitian=True, ridge=0.1, method="direct")
+    newton = pinv_newton(gram, hermitian=True, ridge=0.1)
+    assert np.allclose(direct, newton, rtol=0, atol=1e3 * np.finfo(float).eps * 10)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.3, 0.1, 0.03])
+def test_ridge_matches_cholesky_in_single_precision(spread):
+    """At κ up to 4.9e3, in at most 9 steps, with no more than 1.5 times the error of a Cholesky inverse."""
+    points = spread * np.random.default_rng(0).standard_normal((64, 49, 4))
+    gram = gaussian_gram(points).astype(np.float32)
+    exact = np.linalg.inv(gram.astype(np.float64) + 0.01 * np.eye(49))
+    x, info = pinv_newton(gram, hermitian=True, ridge=0.01, return_info=True)
+    shifted = torch.from_numpy(gram) + 0.01 * torch.eye(49)
+    cholesky = torch.cholesky_inverse(torch.linalg.cholesky(shifted)).numpy()
+
+    def error(y):
+        return np.linalg.norm(y - exact, axis=(1, 2)) / np.linalg.norm(exact, axis=(1, 2))
+
+    assert info.steps.max() <= 9
+    assert np.all(error(x) <= 1.5 * error(cholesky))
+    assert np.array_equal(x, np.swapaxes(x, 1, 2))
+
+
+@given(st.integers(1, 12), st.floats(1e-4, 10.0), st.booleans(), st.integers(0, 2**16))
+def test_ridge_on_singular_matrices(n, ridge, is_complex, seed):
+    dtype = np.complex128 if is_complex else np.float64
+    b, _ = from_spectrum(np.ones(max(1, n // 2)), n, n, seed=seed, complex_=is_complex, dtype=dtype)
+    a = b @ adjoint(b)
+    x, info = pinv_newton(a, hermitian=True, ridge=ridge, return_info=True)
+    kappa = (1 + ridge) / ridge
+    exact = np.linalg.inv(a + ridge * np.eye(n))
+    assert norm(x - exact) <= (8 * np.sqrt(n) * kappa * np.finfo(float).eps + info.bound) * norm(exact)
+    assert info.rank == n
+    assert info.bound <= max(n * (1.01 * (1 + ridge)) / ridge / 128, 2) * np.finfo(float).eps
+
+
+def test_textbook_iteration_is_the_literal_one():
+    a, _ = from_spectrum(np.logspace(0, -1, 5), 8, 5)
+    alpha = 0.7
+    x = alpha * a.T
+    for _ in range(6):
+        x = 2 * x - x @ a @ x
+    got, info = pinv_newton(a, steps=6, alpha=alpha, return_info=True)
+    assert np.allclose(got, x, rtol=0, atol=50 * np.finfo(float).eps * norm(x))
+    assert (info.steps, info.products) == (6, 12)
+    assert np.array_equal(pinv_newton(a, steps=0, alpha=alpha), alpha * a.T)
+
+
+def test_textbook_iteration_with_a_ridge_and_one_alpha_per_matrix():
+    a = gaussian_gram(np.random.default_rng(0).standard_normal((2, 6, 2)))
+    alpha = 1.8 / np.max(np.sum(a, axis=-1), axis=-1) ** 2
+    p = a + 0.01 * np.eye(6)
+    x = alpha[:, None, None] * p
+    for _ in range(20):
+        x = 2 * x - x @ p @ x
+    got, info = pinv_newton(a, hermitian=True, ridge=0.01, steps=20, alpha=alpha, return_info=True)
+    assert np.allclose(got, x, rtol=0, atol=1e4 * np.finfo(float).eps)
+    assert np.all(info.residual < info.bound)
+
+
+def test_textbook_default_start_converges_on_any_scale():
+    a, exact = from_spectrum(np.logspace(0, -1, 6), 6, 6, dtype=np.float32)
+    for scale in (np.float32(2.0**-70), np.float32(1), np.float32(2.0**70)):
+        x = pinv_newton(scale * a, steps=30)
+        assert norm(x * scale - exact) <= 100 * np.finfo(np.float32).eps * norm(exact)
+
+
+@given(spectra("double"))
+def test_adjoint_and_scaling(case):
+    m, n, sigma, kappa, is_complex, seed = case
+    a, exact = from_spectrum(
+        sigma, m, n, seed=seed, complex_=is_complex, dtype=np.complex128 if is_complex else np.float64
+    )
+    x = pinv_newton(a)
+    tolerance = 16 * np.sqrt(max(m, n)) * kappa * np.finfo(float).eps * norm(exact)
+    assert norm(pinv_newton(adjoint(a).copy()) - adjoint(x)) <= tolerance
+    assert norm(pinv_newton(3.0 * a) * 3.0 - x) <= tolerance
+    # A power of two changes no significant bit anywhere.
+    assert np.array_equal(pinv_newton(a * 2.0**40) * 2.0**40, x)
+
+
+@pytest.mark.parametrize("options", [{}, {"hermitian": True, "ridge": 0.01}, {"steps": 12}, {"method": "direct"}])
+def test_batch_equals_loop_and_neighbours_do_not_matter(xp: Backend, options):
+    rng = np.random.default_rng(3)
+    batch = gaussian_gram(rng.standard_normal((6, 10, 2)) * np.logspace(-1, 1, 6)[:, None, None])
+    together = to_host(pinv_newton(xp.asarray(batch), **options))
+    kappa = 1e11 if "ridge" not in options else 1e3
+    for k, a in enumerate(batch):
+        alone = to_host(pinv_newton(xp.asarray(a), **options))
+        scale = norm(alone)
+        e = alone @ a
+        # Rounding differs by κ·eps, κ of what was kept.
+        kept = min(kappa, norm(a) * scale)
+        assert norm(together[k] - alone) <= 100 * kept * np.finfo(float).eps * scale, (k, norm(e))
+    for bad in (np.nan, np.inf, 1e30, 0.0):
+        changed = batch.copy()
+        changed[2] = bad
+        changed[2, 0, 1] = changed[2, 1, 0] = bad
+        others = to_host(pinv_newton(xp.asarray(changed), **options))
+        keep = [0, 1, 3, 4, 5]
+        assert np.array_equal(others[keep], together[keep])
+        assert np.all(np.isnan(others[2])) or np.isfinite(bad)
+
+
+def test_info_names_what_went_wrong(xp: Backend):
+    good = np.eye(3)
+    nonfinite = np.where(np.eye(3) > 0, np.nan, 0.0)
+    skew = np.array([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])
+    indefinite = np.diag([1.0, 1.0, -0.5])
+    barely = np.diag([1.0, 1.0, -0.01 - 1e-9])
+    a = xp.asarray(np.stack([good, nonfinite, skew, indefinite, barely]))
+    x, info = pinv_newton(a, hermitian=True, ridge=0.01, return_info=True)
+    assert to_host(info.finite).tolist() == [True, False, False, False, False]
+    residual = to_host(info.residual)
+    assert np.isnan(residual[1])
+    assert np.all(np.isinf(residual[2:]))
+    assert np.isnan(to_host(x)).all(axis=(1, 2)).tolist() == [False, True, True, True, True]
+    x, info = pinv_newton(a, hermitian=True, return_info=True)
+    assert to_host(info.finite).tolist() == [True, False, False, True, True]
+    assert to_host(info.rank).tolist() == [3, -1, -1, 3, 3]
+    x, info = pinv_newton(a, hermitian=True, ridge=0.01, method="direct", return_info=True)
+    assert to_host(info.finite).tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0), (0, 3, 2), (2, 0, 2)])
+def test_empty(xp: Backend, shape):
+    a = xp.asarray(np.zeros(shape))
+    for options in ({}, {"steps": 3}, {"method": "direct"}):
+        x, info = pinv_newton(a, return_info=True, **options)
+        xp.check(x, a, (*shape[:-2], shape[-1], shape[-2]))
+        xp.check(info.residual, a, shape[:-2])
+
+
+def test_zero_and_identity(xp: Backend):
+    zero = xp.asarray(np.zeros((4, 3)))
+    x, info = pinv_newton(zero, return_info=True)
+    assert np.array_equal(xp.check(x, zero, (3, 4)), np.zeros((3, 4)))
+    assert int(info.rank) == 0
+    eye = xp.asarray(np.eye(4))
+    assert np.allclose(xp.check(pinv_newton(eye), eye, (4, 4)), np.eye(4), rtol=0, atol=8 * np.finfo(float).eps)
+    assert np.array_equal(to_host(pinv_newton(zero, steps=5)), np.zeros((3, 4)))
+
+
+@pytest.mark.parametrize("scale", [1e-290, 1e-150, 1e150, 1e290])
+def test_no_underflow_or_overflow_inside(scale):
+    a, exact = from_spectrum(np.array([1.0, 0.5, 0.1]), 4, 4)
+    x = pinv_newton(a * scale)
+    assert norm(x * scale - exact) <= 100 * 10 * np.finfo(float).eps * norm(exact)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_half_precision_is_computed_in_single(dtype, library):
+    a, _ = from_spectrum(np.logspace(0, -1, 6), 6, 6)
+    if library == "torch":
+        half = torch.asarray(a).to(getattr(torch, dtype))
+        x, wide, eps = pinv_newton(half), half.double().numpy(), torch.finfo(half.dtype).eps
+        got = x.double().numpy()
+    else:
+        half = jnp.asarray(a, dtype=dtype)
+        x, wide, eps = pinv_newton(half), np.asarray(half, dtype=float), float(jnp.finfo(dtype).eps)
+        got = np.asarray(x, dtype=float)
+    assert x.dtype == half.dtype
+    exact = np.linalg.pinv(wide)
+    # Only the rounding of the result to half precision is left.
+    assert np.all(np.abs(got - exact) <= 0.51 * eps * np.abs(exact) + 1e-5 * norm(exact))
+
+
+def test_autocast_does_not_reach_inside():
+    a, exact = from_spectrum(np.logspace(0, -1, 6), 6, 6, dtype=np.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = pinv_newton(torch.from_numpy(a))
+    assert norm(x.numpy() - exact) <= 100 * np.finfo(np.float32).eps * norm(exact)
+
+
+GRADIENT_CASES = [(4, 4, 4), (5, 3, 3), (3, 5, 3), (4, 4, 2), (5, 4, 2), (3, 4, 1)]
+
+
+def constant_rank(m, n, rank, is_complex):
+    """Factors whose product keeps its rank under every perturbation of them."""
+    dtype = np.complex128 if is_complex else np.float64
+    left, _ = from_spectrum(np.linspace(1, 2, rank), m, rank, complex_=is_complex, dtype=dtype)
+    right, _ = from_spectrum(np.linspace(1, 2, rank), rank, n, complex_=is_complex, seed=1, dtype=dtype)
+    return left, right
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize(("m", "n", "rank"), GRADIENT_CASES)
+def test_torch_derivatives(m, n, rank, is_complex):
+    factors = [torch.tensor(f, requires_grad=True) for f in constant_rank(m, n, rank, is_complex)]
+
+    def function(left, right):
+        return pinv_newton(left @ right)
+
+    assert gradcheck(function, factors, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
+    assert gradgradcheck(function, factors, fast_mode=True)
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), GRADIENT_CASES[2:5])
+def test_jax_derivatives(m, n, rank):
+    factors = tuple(jnp.asarray(f) for f in constant_rank(m, n, rank, False))
+
+    def function(left, right):
+        return pinv_newton(left @ right)
+
+    check_grads(jax.jit(function), factors, order=2, modes=("fwd", "rev"), eps=1e-5)
+
+
+def test_hermitian_derivatives():
+    b = torch.tensor(from_spectrum(np.linspace(1, 2, 5), 5, 5)[0], requires_grad=True)
+    for function in (
+        lambda b: pinv_newton(b @ b.mT, hermitian=True, ridge=0.1),
+        lambda b: pinv_newton(b + b.mT, hermitian=True),
+        lambda b: pinv_newton(b + b.mT, hermitian=True, method="direct"),
+        lambda b: pinv_newton(b, method="direct"),
+        lambda b: pinv_newton(b[:, :2] @ b[:, :2].mT, hermitian=True),
+        lambda b: pinv_newton(b, steps=4),
+        lambda b: pinv_newton(b @ b.mT, hermitian=True, ridge=0.1, steps=4),
+    ):
+        assert gradcheck(function, b, check_forward_ad=True, fast_mode=True)
+        assert gradgradcheck(function, b, fast_mode=True)
+    c = jnp.asarray(b.detach().numpy())
+    check_grads(lambda b: pinv_newton(b, hermitian=False), (c,), order=1, eps=1e-5)
+    check_grads(jax.jit(lambda b: pinv_newton(b @ b.T, hermitian=True, ridge=0.1)), (c,), order=2, eps=1e-5)
+    check_grads(jax.jit(lambda b: pinv_newton(b, steps=4)), (c,), order=2, eps=1e-5)
+
+
+def test_steps_differentiate_the_iteration_not_the_limit():
+    a = torch.tensor(np.diag([1.0, 0.01]), requires_grad=True)
+    (unconverged,) = torch.autograd.grad(pinv_newton(a, steps=3).sum(), a)
+    (converged,) = torch.autograd.grad(pinv_newton(a).sum(), a)
+    assert torch.autograd.gradcheck(lambda a: pinv_newton(a, steps=3), a)
+    assert abs(converged[1, 1] + 1e4) < 1e-6 * 1e4
+    assert abs(unconverged[1, 1]) < 0.1 * abs(converged[1, 1])
+
+
+def test_function_transforms():
+    a, exact = from_spectrum(np.logspace(0, -2, 4), 5, 4)
+    batch = np.stack([a, 2 * a, -a])
+    expected = np.stack([exact, exact / 2, -exact])
+    tolerance = 100 * 100 * np.finfo(float).eps * norm(exact)
+    for result in (
+        torch.func.vmap(pinv_newton)(torch.asarray(batch)),
+        torch.func.vmap(pinv_newton, in_dims=2)(torch.asarray(batch.transpose(1, 2, 0).copy())),
+        jax.vmap(pinv_newton)(jnp.asarray(batch)),
+        jax.jit(pinv_newton)(jnp.asarray(batch)),
+        jax.jit(jax.vmap(pinv_newton))(jnp.asarray(batch)),
+    ):
+        assert np.allclose(np.asarray(result), expected, rtol=0, atol=tolerance)
+
+    def total(a):
+        return pinv_newton(a).sum()
+
+    singles = [torch.func.grad(total)(torch.asarray(a)) for a in batch]
+    together = torch.func.vmap(torch.func.grad(total))(torch.asarray(batch))
+    assert torch.allclose(together, torch.stack(singles), rtol=0, atol=tolerance * norm(exact))
+    hessian = torch.func.hessian(total)(torch.asarray(a))
+    assert torch.allclose(hessian, torch.tensor(np.asarray(jax.hessian(total)(jnp.asarray(a)))), rtol=1e-8, atol=1e-6)
+
+
+def test_traced_info_is_an_array_pytree():
+    a = jnp.asarray(gaussian_gram(np.random.default_rng(0).standard_normal((3, 8, 2))))
+    for options in ({}, {"hermitian": True, "ridge": 0.01}):
+        eager = pinv_newton(a, return_info=True, **options)
+        traced = jax.jit(lambda a, o=options: pinv_newton(a, return_info=True, **o))(a)
+        assert np.allclose(traced[0], eager[0], rtol=0, atol=1e-6 * np.abs(eager[0]).max())
+        assert np.array_equal(traced[1].rank, eager[1].rank)
+        assert np.array_equal(traced[1].finite, eager[1].finite)
+        assert np.all(traced[1].steps <= eager[1].steps + 1)
+
+
+def test_jax_without_x64():
+    a, exact = from_spectrum(np.logspace(0, -2, 6), 8, 6, dtype=np.float32)
+    with jax.enable_x64(False):
+        x, info = pinv_newton(jnp.asarray(a), return_info=True)
+        assert x.dtype == jnp.float32
+        assert norm(np.asarray(x) - exact) <= 40 * 100 * np.finfo(np.float32).eps * norm(exact)
+        assert int(info.rank) == 6
+
+
+def test_info_survives_pickling():
+    _, info = pinv_newton(np.eye(3), return_info=True)
+    assert pickle.loads(pickle.dumps(info))._asdict().keys() == info._asdict().keys()
+
+
+def test_accurate_product_beats_working_precision(xp: Backend):
+    a, x = from_spectrum(np.logspace(0, -6, 30), 30, 30)
+    given_ = xp.asarray(x)
+    got = xp.check(accurate_product(given_, xp.asarray(a), array_namespace(given_)), given_, (30, 30))
+    exact = np.array(
+        [[float(sum(Fraction(s) * Fraction(t) for s, t in zip(r, c, strict=True))) for c in a.T] for r in x]
+    )
+    unit = np.finfo(float).eps / 2
+    # Two sums of 30 products with one factor rounded to 23 leading bits, and three roundings of the sum.
+    remainder = 2 * 30 * unit * 2.0**-22 * (np.abs(x) @ np.abs(a))
+    assert np.all(np.abs(got - exact) <= 3 * unit * np.maximum(np.abs(exact), remainder) + remainder)
+    assert norm(x @ a - exact) > 1e3 * norm(got - exact)
+
+
+@pytest.mark.parametrize(
+    ("a", "options", "error", "message"),
+    [
+        ([[1.0]], {}, TypeError, "a must be an array, not list"),
+        (np.eye(3, dtype=int), {}, TypeError, r"a has dtype int64 \(shape \(3, 3\)\)"),
+        (np.eye(3, dtype=bool), {}, TypeError, "bool"),
+        (np.ones(3), {}, ValueError, r"\(\.\.\., m, n\), not \(3,\)"),
+        (np.ones((2, 3)), {"hermitian": True}, ValueError, r"square matrices, a has shape \(2, 3\)"),
+        (np.eye(3), {"ridge": -1.0, "hermitian": True}, ValueError, "ridge must be a finite number >= 0, not -1.0"),
+        (np.eye(3), {"ridge": np.nan, "hermitian": True}, ValueError, "ridge must be a finite number"),
+        (np.eye(3), {"ridge": 0.1}, ValueError, "pass hermitian=True"),
+        (np.eye(3), {"rtol": 2.0}, ValueError, "between 0 and 1, not 2.0"),
+        (np.eye(3), {"rtol": 1e-15}, ValueError, "below 1e-12, .* method='direct'"),
+        (np.eye(3, dtype=np.float32), {"rtol": 1e-8}, ValueError, "below 1e-06"),
+        (np.eye(3), {"rtol": 0.1, "steps": 3}, ValueError, "no meaning with steps"),
+        (np.eye(3), {"rtol": 0.1, "hermitian": True, "ridge": 1.0}, ValueError, "no meaning with ridge"),
+        (np.eye(3), {"steps": -1}, ValueError, "steps must be an integer >= 0, not -1"),
+        (np.eye(3), {"steps": 2.5}, ValueError, "steps must be an integer >= 0, not 2.5"),
+        (np.eye(3), {"steps": True}, ValueError, "steps must be an integer"),
+        (np.eye(3), {"alpha": 0.1}, ValueError, "pass steps as well"),
+        (np.ones((2, 3, 3)), {"alpha": np.ones(3), "steps": 2}, ValueError, r"alpha has shape \(3,\).*batch \(2,\)"),
+        (np.eye(3), {"method": "svd"}, ValueError, "'newton' or 'direct', not 'svd'"),
+        (np.eye(3), {"method": "direct", "steps": 2}, ValueError, "leave it out for method='direct'"),
+    ],
+)
+def test_bad_input(a, options, error, message):
+    with pytest.raises(error, match=message):
+        pinv_newton(a, **options)
