@@ -1,6 +1,36 @@
-"""Low-rank kernel linear algebra, written once against the Python array API standard."""
+"""Low-rank kernel linear algebra, written once against the Python array API standard.
 
+``pinv_newton`` inverts by matrix products alone, ``nystrom`` factors kernel matrices from a few landmarks,
+``softmax_free_attention`` attends in time linear in the tokens; each takes and returns NumPy, CuPy, torch or
+JAX arrays. ``lowrank.nn`` holds the torch module and is imported by itself.
+"""
+
+from lowrank.attention import softmax_free_attention
+from lowrank.factor import LowRank, nystrom
+from lowrank.kernels import (
+    gaussian_kernel,
+    gaussian_matmul,
+    laplacian_kernel,
+    matern32_kernel,
+    matern52_kernel,
+    squared_distances,
+)
+from lowrank.landmarks import segment_means, uniform
 from lowrank.pinv import PinvInfo, pinv_newton
 
-__all__ = ["PinvInfo", "pinv_newton"]
+__all__ = [
+    "LowRank",
+    "PinvInfo",
+    "gaussian_kernel",
+    "gaussian_matmul",
+    "laplacian_kernel",
+    "matern32_kernel",
+    "matern52_kernel",
+    "nystrom",
+    "pinv_newton",
+    "segment_means",
+    "softmax_free_attention",
+    "squared_distances",
+    "uniform",
+]
 __version__ = "0.1.0"

@@ -26,11 +26,11 @@ def namespace(**arrays: Array) -> Namespace:
     is not floating; ``ValueError`` for two devices. The messages name the argument.
     """
     for name, x in arrays.items():
-        if not compat.is_array_api_obj(x):
+        if not compat.is_array_api_obj(x) or isinstance(x, (np.matrix, np.ma.MaskedArray)):
             raise TypeError(f"{name} must be an array, not {type(x).__name__}; convert it first, e.g. numpy.asarray")
     (first, x0), *others = arrays.items()
     xp = compat.array_namespace(x0)
-    if not xp.isdtype(x0.dtype, ("real floating", "complex floating")) and not is_half(x0):
+    if x0.dtype not in (xp.float32, xp.float64, xp.complex64, xp.complex128) and not is_half(x0):
         raise TypeError(
             f"{first} has dtype {x0.dtype} (shape {tuple(x0.shape)}); a floating dtype is needed, "
             "convert it to float32 or float64 first"
@@ -119,6 +119,11 @@ def repeat(body: Callable[[Any, Any], Any], state: Any, count: int, *, like: Arr
 def has_derivative(x: Array) -> bool:
     """Whether x's library differentiates, so that a rule of one's own can be attached."""
     return compat.is_torch_array(x) or compat.is_jax_array(x)
+
+
+def carries_derivative(x: Array) -> bool:
+    """Whether operations on x are being recorded for the way back (torch; JAX traces instead)."""
+    return compat.is_torch_array(x) and x.requires_grad
 
 
 def stop_gradient(x: Array) -> Array:

@@ -121,26 +121,28 @@ def _jax_no_tangent(figure: Array) -> Array:
     return np.zeros(figure.shape, dtype=jax.dtypes.float0)
 
 
-def squared_distances(distances: Callable, x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Array:
-    """distances(x, y, s, c, xp) = Σᵢ sᵢ²(xᵢ − yᵢ)² =: D, of shape (..., n, m), with its derivative attached.
+def squared_distances(choose: Callable, x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Array:
+    """D = Σᵢ sᵢ²(xᵢ − yᵢ)², of shape (..., n, m), with its derivative attached.
 
     x is (..., n, d), y is (..., m, d), s is (..., 1, d) or (..., 1, 1), and c, on which D does not depend, is a
-    point (..., 1, d) near the data. In terms of u = (x − c)s and v = (y − c)s, and for a cotangent G of D,
+    point (..., 1, d) near the data. choose(x, y, s, c, xp) looks at them and names the function of the same
+    arguments that computes D. In terms of u = (x − c)s and v = (y − c)s, and for a cotangent G of D,
 
         dD = 2 [rowsum(u∘du) 1ᵀ + 1 rowsum(v∘dv)ᵀ − du vᵀ − u dvᵀ]
-        ū  = 2 (diag(G1) u − G v),   v̄ = 2 (diag(Gᵀ1) v − Gᵀu),   x̄ = ū s,   y̅ = v̄ s,   s̄ = Σ [ū∘(x − c) + v̄∘(y − c)].
+        ū  = 2 (diag(G1) u − G v),   v̄ = 2 (diag(Gᵀ1) v − Gᵀu),   x̄ = ū s,   ȳ = v̄ s,   s̄ = Σ [ū∘(x − c) + v̄∘(y − c)].
 
     What is kept for the way back is x, y and s: differentiating the sums would keep a block for every feature. All
     of it is products and sums of x, y, s and G, so that it differentiates again.
     """
     if not compat.is_torch_array(x):
-        return _jax_squared_distances()(distances, x, y, s, c)
+        # Compiled, for dispatched one by one the operations on d features take ten times as long.
+        return _jax_squared_distances()(choose(x, y, s, c, xp), x, y, s, c)
     import torch
 
     # The compiler differentiates the sums itself, and recomputes what it would otherwise keep.
     if torch.compiler.is_compiling():
-        return distances(x, y, s, c, xp)
-    return _torch_squared_distances()(distances, x, y, s, c)
+        return choose(x, y, s, c, xp)(x, y, s, c, xp)
+    return _torch_squared_distances()(choose, x, y, s, c)
 
 
 def _distance_differential(x, y, s, c, dx, dy, ds, xp: Namespace) -> Array:
@@ -162,8 +164,9 @@ def _torch_squared_distances() -> Callable:
 
     class SquaredDistances(torch.autograd.Function):
         @staticmethod
-        def forward(distances, x, y, s, c):
-            return distances(x, y, s, c, xp)
+        def forward(choose, x, y, s, c):
+            # The choice is made here, where under torch.func.vmap the values are at hand.
+            return choose(x, y, s, c, xp)(x, y, s, c, xp)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -194,7 +197,7 @@ def _torch_squared_distances() -> Callable:
                 return _distance_differential(x, y, s, c, dx, dy, ds, xp)
 
         @staticmethod
-        def vmap(info, in_dims, distances, *arrays):
+        def vmap(info, in_dims, choose, *arrays):
             # The function is batched as it stands: the mapped axis becomes the first of the leading axes, which
             # broadcast from the right, so that an array with fewer of them needs axes of length one after it.
             ranks = [a.ndim - (dim is not None) for a, dim in zip(arrays, in_dims[1:], strict=True)]
@@ -203,7 +206,7 @@ def _torch_squared_distances() -> Callable:
                 for a, dim, rank in zip(arrays, in_dims[1:], ranks, strict=True)
                 for shape in [[k for i, k in enumerate(a.shape) if i != dim]]
             ]
-            return SquaredDistances.apply(distances, *moved), 0
+            return SquaredDistances.apply(choose, *moved), 0
 
     return SquaredDistances.apply
 
@@ -213,13 +216,13 @@ def _jax_squared_distances() -> Callable:
     import jax
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-    def apply(distances, x, y, s, c):
+    def rule(distances, x, y, s, c):
         return distances(x, y, s, c, jax.numpy)
 
-    @apply.defjvp
+    @rule.defjvp
     def _(distances, primals, tangents):
         x, y, s, c = primals
         dx, dy, ds, _ = tangents
-        return apply(distances, x, y, s, c), _distance_differential(x, y, s, c, dx, dy, ds, jax.numpy)
+        return rule(distances, x, y, s, c), _distance_differential(x, y, s, c, dx, dy, ds, jax.numpy)
 
-    return apply
+    return jax.jit(rule, static_argnums=0)

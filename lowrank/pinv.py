@@ -418,8 +418,8 @@ def _scaled_newton(p: Array, *, ridge: float, xp: Namespace) -> tuple[Array, _Wo
     # At least the ridge, for elements that are not finite and were set to zero.
     u, host = _readable(xp.maximum(upper, xp.full_like(upper, ridge)), xp)
     ell = ridge / u
-    # A change of P in its last bits moves X by κ·eps; truncation is kept two orders below that.
-    tolerance = host.maximum(eps / (128 * ell), host.full_like(ell, 2 * eps))
+    # A change of P in its last bits moves X by κ·eps; truncation is hidden far below that.
+    tolerance = host.maximum(eps / (512 * ell), host.full_like(ell, eps / 4))
     # The last step squares ε, so the steps before it stop at the square root.
     plan = _schedule(
         2 * ell / (1 + ell), host.sqrt(2 * tolerance), math.sqrt(eps), host, longest=_longest(eps, math.sqrt(eps))
@@ -432,12 +432,12 @@ def _scaled_newton(p: Array, *, ridge: float, xp: Namespace) -> tuple[Array, _Wo
     rest = plan._replace(factors=plan.factors[1:], count=plan.count - 1)
     x = _follow(first, c * eye, lambda rho, x: rho * (2 * x - c * c * p), xp)
     x = _follow(rest, x, lambda rho, x: rho * (2 * x - (x @ p) @ x), xp)
-    e = accurate_product(x, p, xp)
+    residual = accurate_product(x, p, xp, minus=eye)
     square = plan.epsilon * plan.epsilon
-    x = _matrices(_beside(2 / (2 - square), p, xp)) * (2 * x - e @ x)
-    # An eigenvalue outside [ridge, u], or rounding κ·eps near 1, leaves E before the last step farther from
-    # I than that step can mend.
-    valid = valid & (_norm(eye - e, xp) <= 0.5)
+    x = _matrices(_beside(2 / (2 - square), p, xp)) * (x - residual @ x)
+    # An eigenvalue outside [ridge, u], or rounding κ·eps near 1, leaves E − I before the last step larger
+    # than that step can mend.
+    valid = valid & (_norm(residual, xp) <= 0.5)
     count = _beside(plan.count, p, xp)
     products = 2 * xp.maximum(count - 1, xp.zeros_like(count)) + 4
     work = _Work(count + 1, products, _beside(square / (2 - square), p, xp), xp.zeros_like(count), valid)

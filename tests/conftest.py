@@ -6,6 +6,11 @@ so; any other library that is missing is an error, because the test extra instal
 
 from __future__ import annotations
 
+import os
+
+# Before any library reads it: matrices here are small, and threads that wait for each other cost a multiple.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

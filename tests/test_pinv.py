@@ -185,7 +185,7 @@ def test_ridge_on_singular_matrices(n, ridge, is_complex, seed):
     exact = np.linalg.inv(a + ridge * np.eye(n))
     assert norm(x - exact) <= (8 * np.sqrt(n) * kappa * np.finfo(float).eps + info.bound) * norm(exact)
     assert info.rank == n
-    assert info.bound <= max(n * (1.01 * (1 + ridge)) / ridge / 128, 2) * np.finfo(float).eps
+    assert info.bound <= max(n * (1.01 * (1 + ridge)) / ridge / 512, 0.25) * np.finfo(float).eps
 
 
 def test_textbook_iteration_is_the_literal_one():
@@ -458,6 +458,8 @@ def test_accurate_product_beats_working_precision(xp: Backend):
         ([[1.0]], {}, TypeError, "a must be an array, not list"),
         (np.eye(3, dtype=int), {}, TypeError, r"a has dtype int64 \(shape \(3, 3\)\)"),
         (np.eye(3, dtype=bool), {}, TypeError, "bool"),
+        (np.eye(3, dtype=np.longdouble), {}, TypeError, "float128"),
+        (np.ma.masked_array(np.eye(3)), {}, TypeError, "not MaskedArray"),
         (np.ones(3), {}, ValueError, r"\(\.\.\., m, n\), not \(3,\)"),
         (np.ones((2, 3)), {"hermitian": True}, ValueError, r"square matrices, a has shape \(2, 3\)"),
         (np.eye(3), {"ridge": -1.0, "hermitian": True}, ValueError, "ridge must be a finite number >= 0, not -1.0"),
