@@ -1,0 +1,319 @@
+"""The SOFT models: sizes, published outputs, and what the published code gets wrong."""
+
+import json
+import zlib
+from pathlib import Path
+
+import checkpoint
+import model as soft
+import numpy as np
+import pytest
+import timm
+import timm.optim
+import torch
+
+DATA = Path(__file__).parent / "data"
+PARAMETERS = {  # counted, and below compared with the figures that are published in millions
+    "tiny": 13_069_056,
+    "small": 38_858_462,
+    "medium": 45_812_707,
+    "large": 64_700_646,
+    "huge": 87_108_273,
+}
+
+
+def little(**options):
+    """A model of four blocks for 32 × 32 images, in fp64, with positions that matter."""
+    torch.manual_seed(0)
+    options = {"img_size": 32, "num_classes": 7, "strides": (2, 1, 1), "value_kernels": (5, 3, 3)} | options
+    return soft.Soft(depths=(1, 1, 1, 1), widths=(32, 64, 64, 96), **options).double()
+
+
+def images(batch, height=32, width=32, *, channels=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("norm", ["", "norm_"])
+@pytest.mark.parametrize(("size", "count"), PARAMETERS.items())
+def test_parameter_counts(size, count, norm):
+    with torch.device("meta"):
+        model = timm.create_model(f"soft_{norm}{size}")
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    published = {"tiny": 13.07, "small": 38.86, "medium": 45.81, "large": 64.70, "huge": 87.11}
+    assert round(count / 1e6, 2) == published[size]
+    block = model.stages[0].blocks[0].attn
+    assert block.normalize == (norm != "")
+    assert [len(stage.blocks) for stage in model.stages] == list(soft.CONFIGS[f"soft_{size}"]["depths"])
+
+
+def reference_weight(key, shape):
+    """The weights that the reference outputs were computed with: a function of the official name."""
+    z = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(shape)
+    if key.endswith("num_batches_tracked"):
+        return np.zeros(shape, dtype=np.int64)
+    if key.endswith("running_var"):
+        return 1 + 0.1 * np.abs(z)
+    if key.endswith("running_mean"):
+        return 0.1 * z
+    if len(shape) >= 2 and "pos_embed" not in key and "cls_token" not in key:
+        return z / np.sqrt(np.prod(shape[1:]))
+    if key.endswith("weight"):
+        return (0.2 if "Qnorm_act" in key else 1.0) * (1 + 0.1 * z)
+    return 0.02 * z
+
+
+@pytest.fixture(scope="module")
+def reference_model(tmp_path_factory):
+    shapes = json.loads((DATA / "soft_tiny_shapes.json").read_text())
+    weights = {key: torch.asarray(reference_weight(key, tuple(shape))) for key, shape in shapes.items()}
+    path = tmp_path_factory.mktemp("official") / "soft_tiny.pth"
+    torch.save({"state_dict": weights}, path)
+    return checkpoint.load_official(path)
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (256, 192)])
+def test_reproduces_the_published_code(reference_model, height, width):
+    x = torch.asarray(np.random.Generator(np.random.PCG64(2021)).standard_normal((2, 3, height, width)))
+    with torch.no_grad():
+        stages = reference_model.forward_stages(x)
+        computed = {"logits": reference_model(x)}
+    computed |= {f"stage{i}_mean": tokens.mean(dim=1) for i, tokens in enumerate(stages, start=1)}
+    with np.load(DATA / "soft_tiny.npz") as reference:
+        for name, values in computed.items():
+            expected = reference[f"{name}_{height}x{width}"]
+            # Unconverged Newton at κ ≈ 5·10³ in fp64 leaves 1e-13 of the largest value.
+            np.testing.assert_allclose(values, expected, rtol=0, atol=1e-9 * np.abs(expected).max(), err_msg=name)
+
+
+def test_the_reference_tells_the_inverse_apart(reference_model):
+    # 19 steps for 20 move the logits by 5 %: the agreement above is no coincidence of a forgiving model.
+    x = torch.asarray(np.random.Generator(np.random.PCG64(2021)).standard_normal((2, 3, 224, 224)))
+    with np.load(DATA / "soft_tiny.npz") as reference:
+        expected = torch.asarray(reference["logits_224x224"])
+    attentions = [block.attn for stage in reference_model.stages[:3] for block in stage.blocks]
+    try:
+        for attention in attentions:
+            attention.inverse = None
+        with torch.no_grad():
+            converged = reference_model(x)
+    finally:
+        for attention in attentions:
+            attention.inverse = soft.published_inverse
+    assert 0.05 < float((converged - expected).norm() / expected.norm()) < 0.3
+
+
+def test_an_official_file_has_187_names_and_every_one_has_its_place(reference_model):
+    ours = reference_model.state_dict()
+    shapes = json.loads((DATA / "soft_tiny_shapes.json").read_text())
+    assert len(ours) == len(shapes) == 187
+    assert {key: list(value.shape) for key, value in checkpoint.to_official(ours).items()} == shapes
+
+
+def grams(*spreads, m=12):
+    rng = np.random.default_rng(5)
+    x = np.stack([spread * rng.standard_normal((m, 3)) for spread in spreads])
+    return np.exp(-0.5 * np.sum((x[:, :, None] - x[:, None]) ** 2, axis=-1))
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+@pytest.mark.parametrize("norm", [False, True])
+def test_published_inverses_step_by_step(norm, ridge):
+    batch = grams(0.05, 0.5, 2.0)
+    inverse = soft.published_norm_inverse if norm else soft.published_inverse
+    result = inverse(torch.asarray(batch), hermitian=True, ridge=ridge)
+    for a, x in zip(batch, result.numpy(), strict=True):
+        row_sum = max(sum(row) for row in a)
+        alpha = (2.0 if norm else 1.8) / row_sum**2
+        halvings = 0
+        while norm and halvings < 10 and np.linalg.norm(np.eye(12) - alpha * a @ a, 1) > 1.01:
+            alpha, halvings = alpha / 2, halvings + 1
+        p = a + ridge * np.eye(12)
+        expected = alpha * p
+        for _ in range(20):
+            expected = 2 * expected - expected @ p @ expected
+        # Every step doubles what it finds in the small eigenvalues' directions, rounding included: 2²⁰·eps at
+        # the very worst, and relative to ‖X‖.
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
+def test_the_norm_inverse_halves_where_it_must():
+    # An anti-diagonal-heavy matrix: αA² has an eigenvalue of 2 nearly, and rows that sum beyond.
+    a = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.9], [0.0, 0.9, 1.0]], dtype=torch.float64)
+    alpha = 2 / float(a.sum(-1).max()) ** 2
+    assert float(torch.linalg.matrix_norm(torch.eye(3) - alpha * a @ a, 1)) > 1.01
+    start = alpha / 2
+    while float(torch.linalg.matrix_norm(torch.eye(3) - start * a @ a, 1)) > 1.01:
+        start /= 2
+    expected = start * a
+    for _ in range(20):
+        expected = 2 * expected - expected @ a @ expected
+    torch.testing.assert_close(
+        soft.published_norm_inverse(a, hermitian=True, ridge=0.0), expected, rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_norm_model_predictions_do_not_depend_on_batch_mates(published):
+    options = {"inverse": soft.published_norm_inverse, "ridge": 0.0} if published else {}
+    model = little(normalize=True, **options).eval()
+    x = images(3)
+    x[1] *= 100.0  # a batch-mate whose cores are far from everyone else's
+    with torch.no_grad():
+        together, alone, other = model(x), model(x[:1]), model(torch.cat([x[:1], 0.01 * x[2:]]))
+    # Roundoff times the cores' condition; a shared α moves the logits by 5e-6.
+    scale = 1e-11 * float(together.abs().max())
+    torch.testing.assert_close(together[:1], alone, rtol=0, atol=scale)
+    torch.testing.assert_close(other[:1], alone, rtol=0, atol=scale)
+
+
+def test_drop_path_drops_whole_samples():
+    torch.manual_seed(0)
+    block = soft.SoftmaxFreeBlock(32, drop_path=0.5, stride=2, value_kernel=3).double()
+    x = torch.randn(1, 36, 32, dtype=torch.float64).expand(64, -1, -1)
+    with torch.no_grad():
+        outputs = block.train()(x, (6, 6))
+        one = x[:1]
+        candidates = []
+        for a in (0.0, 2.0):  # a branch is dropped, or kept and divided by the probability of that
+            y = block.norm1(one + a * block.attn(one, (6, 6)))
+            candidates += [block.norm2(y + b * block.mlp(y)) for b in (0.0, 2.0)]
+    distances = torch.stack([(outputs - candidate).abs().amax((1, 2)) for candidate in candidates])
+    assert float(distances.amin(0).max()) < 1e-9
+    counts = torch.bincount(distances.argmin(0), minlength=4)
+    assert int(counts.min()) > 4, counts  # 16 expected of each
+
+
+def test_drop_path_rises_linearly_over_all_blocks():
+    with torch.device("meta"):
+        model = timm.create_model("soft_tiny", drop_path_rate=0.14)
+    rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0.0, 0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14])
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 96), (97, 131), (160, 33)])
+def test_any_image_size(height, width):
+    model = little().eval()
+    x = images(2, height, width)
+    with torch.no_grad():
+        stages = model.forward_stages(x)
+        logits = model(x)
+    grid, widths = (height, width), (32, 64, 64, 96)
+    grid = tuple(-(-n // 2) for n in grid)
+    for tokens, dim, extra in zip(stages, widths, (0, 0, 0, 1), strict=True):
+        grid = tuple(-(-n // 2) for n in grid)
+        assert tokens.shape == (2, grid[0] * grid[1] + extra, dim)
+    assert logits.shape == (2, 7)
+    assert bool(torch.isfinite(logits).all())
+
+
+def test_position_embeddings_are_interpolated_beside_the_class_slot():
+    stage = little().stages[3]
+    stage.grid = (2, 3)
+    stage.pos_embed = torch.nn.Parameter(images(1, 7, 96, channels=1)[0])
+    assert stage.positions((2, 3)) is stage.pos_embed
+    finer = stage.positions((4, 6))
+    assert torch.equal(finer[:, 0], stage.pos_embed[:, 0])
+    table, image = stage.pos_embed[0, 1:].reshape(2, 3, 96), finer[0, 1:].reshape(4, 6, 96)
+    # At twice the resolution pixel 1 lies at (1 + ½)/2 − ½ = ¼ between the centres 0 and 1.
+    expected = 0.75 * (0.75 * table[0, 0] + 0.25 * table[0, 1]) + 0.25 * (0.75 * table[1, 0] + 0.25 * table[1, 1])
+    torch.testing.assert_close(image[1, 1], expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(image[0, 0], table[0, 0], rtol=0, atol=1e-14)
+
+
+def test_landmarks_do_not_grow_with_the_image():
+    model = little(landmark_grid=4).eval()
+    seen = []
+    for stage in model.stages[:3]:
+        stage.blocks[0].attn.inverse = lambda a, **options: seen.append(a.shape[-1]) or torch.zeros_like(a)
+    with torch.no_grad():
+        model(images(1, 32, 32)), model(images(1, 256, 256))
+    assert seen == [16, 16, 4, 16, 16, 16]
+
+
+def test_timm_builds_it_with_the_usual_arguments():
+    model = timm.create_model("soft_tiny", num_classes=11, in_chans=1, img_size=(64, 96), drop_path_rate=0.1)
+    assert model.stages[0].patch_embed[0].weight.shape == (32, 1, 3, 3)
+    assert model.stages[0].pos_embed.shape == (1, 16 * 24, 64)
+    assert model.stages[3].pos_embed.shape == (1, 1 + 2 * 3, 512)
+    assert model.eval()(torch.zeros(1, 1, 64, 96)).shape == (1, 11)
+    assert {f"soft_{norm}{size}" for norm in ("", "norm_") for size in PARAMETERS} | {"soft_digits"} <= set(
+        timm.list_models("soft_*")
+    )
+
+
+def test_widths_are_made_of_whole_heads():
+    with pytest.raises(ValueError, match=r"multiples of the head dimension 32, not \(32, 48, 64, 64\)"):
+        soft.Soft(depths=(1, 1, 1, 1), widths=(32, 48, 64, 64))
+
+
+def test_there_are_no_weights_to_download():
+    with pytest.raises(ValueError, match="soft_tiny has no weights to download"):
+        timm.create_model("soft_tiny", pretrained=True)
+
+
+def test_a_seed_gives_the_same_weights():
+    a, b = little().state_dict(), little().state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert float(a["stages.3.cls_token"].abs().max()) > 0
+
+
+def test_the_head_can_be_replaced_or_removed():
+    model = little().eval()
+    x = images(2)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        assert features.shape == (2, 2, 96)
+        model.reset_classifier(3)
+        assert model.num_classes == 3
+        assert model.get_classifier() is model.head
+        assert model(x).shape == (2, 3)
+        model.reset_classifier(0)
+        assert torch.equal(model(x), features[:, 0])
+
+
+def test_positions_and_class_token_get_no_weight_decay():
+    model = little()
+    spared = {f"stages.{i}.pos_embed" for i in range(4)} | {"stages.3.cls_token"}
+    assert set(model.no_weight_decay()) == spared
+    groups = timm.optim.param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    decayed = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert not any(id(named[name]) in decayed for name in spared)
+    assert id(named["stages.0.blocks.0.attn.query.weight"]) in decayed
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradients_reach_every_parameter(normalize):
+    model = little(normalize=normalize).float()
+    torch.nn.functional.cross_entropy(model(images(4).float()), torch.tensor([0, 1, 2, 3])).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(torch.isfinite(parameter.grad).all()), name
+        assert float(parameter.grad.abs().max()) > 0, name
+
+
+def test_autocast_runs_the_whole_model():
+    model = little().float().eval()
+    with torch.no_grad():
+        exact = model(images(2).float())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = model(images(2).float())
+    # bfloat16 has eps 8e-3, and some thirty layers in a row.
+    assert float((half - exact).abs().max()) < 0.1 * float(exact.abs().max())
+
+
+def test_digits_model_learns_a_batch_by_heart():
+    torch.manual_seed(0)
+    model = timm.create_model("soft_digits")
+    x, y = images(32, channels=1).float(), torch.arange(32) % 10
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(20):
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 2.0  # log 10 for a guess
+    assert losses[-1] < 0.1
