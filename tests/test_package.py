@@ -1,0 +1,100 @@
+"""The house: what `import lowrank` brings, which room knows which, and what is public."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import lowrank
+
+ROOT = Path(__file__).parents[1]
+ROOMS = sorted(path.stem for path in (ROOT / "lowrank").glob("*.py") if path.stem != "__init__")
+# Each room, and the rooms it may know. Whatever a room may know, those may not know it.
+MAY_KNOW = {
+    "_array": set(),
+    "_accurate": {"_array"},
+    "_gradients": {"_array"},
+    "kernels": {"_array", "_gradients"},
+    "pinv": {"_array", "_accurate", "_gradients"},
+    "landmarks": {"_array"},
+    "factor": {"_array", "kernels", "landmarks"},
+    "attention": {"_array", "kernels", "pinv"},
+    "nn": {"_array", "attention"},
+}
+
+
+def imported_rooms(room: str) -> set[str]:
+    """Rooms imported anywhere in a module, inside functions included."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / "lowrank" / f"{room}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "lowrank":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lowrank."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lowrank.")}
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_flow_one_way(room):
+    assert imported_rooms(room) <= MAY_KNOW[room]
+
+
+def test_import_direction_has_no_way_back():
+    def reaches(room: str) -> set[str]:
+        return MAY_KNOW[room].union(*(reaches(r) for r in MAY_KNOW[room]))
+
+    assert all(room not in reaches(room) for room in MAY_KNOW)
+
+
+def test_import_brings_no_heavy_library():
+    program = (
+        "import sys, time, numpy; start = time.perf_counter(); import lowrank; took = time.perf_counter() - start;"
+        "heavy = {'torch', 'cupy', 'jax', 'sklearn', 'dask', 'scipy.linalg', 'triton'} & set(sys.modules);"
+        "print(sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names():
+    assert sorted(lowrank.__all__) == [
+        "LowRank",
+        "PinvInfo",
+        "gaussian_kernel",
+        "gaussian_matmul",
+        "laplacian_kernel",
+        "matern32_kernel",
+        "matern52_kernel",
+        "nystrom",
+        "pinv_newton",
+        "segment_means",
+        "softmax_free_attention",
+        "squared_distances",
+        "uniform",
+    ]
+    for name in lowrank.__all__:
+        doc = getattr(lowrank, name).__doc__
+        assert doc is not None, name
+        assert "shape" in doc, name
+
+
+def test_no_module_bears_the_name_of_a_function():
+    assert not set(lowrank.__all__) & set(ROOMS)
+
+
+def test_version_is_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == lowrank.__version__
+    assert f"version: {lowrank.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_core_needs_three_libraries():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert sorted(d.split(">")[0] for d in dependencies) == ["array-api-compat", "numpy", "scipy"]
