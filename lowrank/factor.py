@@ -43,7 +43,7 @@ from lowrank.kernels import gaussian_kernel
 # ‖W‖: ν = c·eps·‖W‖ leaves −(γ²/c·eps²)·eps·‖K‖. Taken is the row-sum norm, between ‖W‖₂ and √m‖W‖₂; tr W, up to
 # m‖W‖₂, would be needlessly large for a W near the identity. The error of W itself, and that of its Cholesky factor,
 # must stay below ν, hence float64. c is the smallest number that held in measurements (float32 and float64; repeated
-# points, constant columns, offsets 50 and 10⁴, tight clusters far apart, lengthscales 10⁻³ to 10³; 200 to 800 points,
+# points, constant columns, offsets 50 and 10⁴, tight clusters far apart, lengthscales 10⁻³ to 10³; 100 to 600 points,
 # all, half, a tenth of them or means as landmarks): the lowest λ_min(K − F Fᵀ)/(eps·‖K‖) was −46 with c = 10, −21 with
 # 20, −2 with 30. With all points as landmarks K − F Fᵀ is then at most 45 to 65 eps·‖K‖.
 _SHIFT = 30.0
