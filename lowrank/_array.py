@@ -75,16 +75,20 @@ def is_traced(*arrays: Array) -> bool:
         elif compat.is_torch_array(x):
             import torch
 
+            functorch = torch._C._functorch
+            while functorch.is_gradtrackingtensor(x):
+                x = functorch.get_unwrapped(x)
             # A vmapped tensor shows a batch of values as one, so that it has no single truth value.
-            if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
+            if torch.compiler.is_compiling() or functorch.is_batchedtensor(x):
                 return True
     return False
 
 
 @contextlib.contextmanager
 def arithmetic(x: Array):
-    """Products of x are formed in its own dtype here (no autocast, no TF32), and overflow travels as Inf or
-    NaN to where results are judged, on NumPy as on every other library."""
+    """Products of x are formed in its own dtype here, outside of autocast and at JAX's highest precision, and
+    overflow travels as Inf or NaN to where results are judged, on NumPy as on every other library. Whether torch
+    may use TF32 on a GPU is a setting of the whole process, and stays the user's."""
     if compat.is_torch_array(x):
         import torch
 

@@ -577,3 +577,14 @@ def test_refused_values_of_the_product(xp):
         gaussian_matmul(x, y, xp.asarray(points(3, 5, 2)))
     with pytest.raises(TypeError, match="v has dtype"):
         gaussian_matmul(x, y, xp.asarray(points(5, 2, dtype=np.float32)))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_gradients_of_single_elements_under_vmap():
+    x = torch.asarray(points(3, 6, 2))
+
+    def total(x):
+        return gaussian_matmul(x, x, x, lengthscale=torch.ones(2, dtype=x.dtype)).sum()
+
+    together = torch.func.vmap(torch.func.grad(total))(x)
+    torch.testing.assert_close(together, torch.stack([torch.func.grad(total)(element) for element in x]))
