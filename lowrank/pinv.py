@@ -129,8 +129,9 @@ def pinv_newton(
     With ``steps`` the derivative is that of the iteration itself. Otherwise it is the closed form for constant
     rank (Golub & Pereyra, SIAM J. Numer. Anal. 10, 1973), twice differentiable, under torch and JAX.
 
-    The error is about κ·eps, κ the ratio of the largest to the smallest singular value kept. Newton's
-    iteration pays in batches and on accelerators; for a single large matrix on a CPU an SVD is faster.
+    The error is about κ·eps, κ the ratio of the largest to the smallest singular value kept. A rectangular matrix
+    is first reduced to the square factor of its QR decomposition. Newton's iteration pays in batches and on
+    accelerators; for a single large matrix on a CPU an SVD is faster.
 
     Examples
     --------

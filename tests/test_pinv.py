@@ -12,7 +12,7 @@ import pytest
 import torch
 from array_api_compat import array_namespace
 from conftest import Backend, from_spectrum, gaussian_gram
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 from torch.autograd import gradcheck, gradgradcheck
@@ -73,11 +73,13 @@ def check_spectrum(case, real, complex_) -> None:
     assert info.residual <= tolerance * np.sqrt(n)
 
 
+@settings(max_examples=150)
 @given(spectra("double"))
 def test_penrose_equations_in_double_precision(case):
     check_spectrum(case, np.float64, np.complex128)
 
 
+@settings(max_examples=150)
 @given(spectra("single"))
 def test_penrose_equations_in_single_precision(case):
     check_spectrum(case, np.float32, np.complex64)
