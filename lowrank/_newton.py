@@ -71,12 +71,6 @@ def frobenius(a: Array, xp: Namespace) -> Array:
     return xp.linalg.matrix_norm(a, ord="fro")
 
 
-def is_hermitian(a: Array, xp: Namespace) -> Array:
-    """Whether a and aᴴ differ by no more than rounding could explain, √eps relative to ‖a‖_F."""
-    tolerance = math.sqrt(xp.finfo(real_dtype(a, xp)).eps)
-    return frobenius(a - matrix_transpose_conj(a, xp), xp) <= tolerance * frobenius(a, xp)
-
-
 def hermitian_part(x: Array, xp: Namespace) -> Array:
     return 0.5 * (x + matrix_transpose_conj(x, xp))
 
@@ -177,7 +171,6 @@ def scaled_newton(p: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work
     """
     eps = float(xp.finfo(p.dtype).eps)
     finite, p = finite_part(p, xp)
-    valid = finite & is_hermitian(p, xp)
     upper = _MARGIN * xp.max(xp.sum(xp.abs(p), axis=-1), axis=-1)
     # At least the ridge, for elements that are not finite and were set to zero.
     u, host = _readable(xp.maximum(upper, xp.full_like(upper, ridge)), xp)
@@ -201,7 +194,7 @@ def scaled_newton(p: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work
     x = as_matrices(_beside(2 / (2 - square), p, xp)) * (x - residual @ x)
     # An eigenvalue outside [ridge, u], or rounding κ·eps near 1, leaves E − I before the last step larger
     # than that step can mend.
-    valid = valid & (frobenius(residual, xp) <= 0.5)
+    valid = finite & (frobenius(residual, xp) <= 0.5)
     count = _beside(plan.count, p, xp)
     products = 2 * xp.maximum(count - 1, xp.zeros_like(count)) + 4
     work = Work(count + 1, products, _beside(square / (2 - square), p, xp), xp.zeros_like(count), valid)
@@ -273,7 +266,6 @@ def truncated(a: Array, *, rtol: float, hermitian: bool, xp: Namespace) -> tuple
         x, work = truncated(matrix_transpose_conj(a, xp), rtol=rtol, hermitian=False, xp=xp)
         return matrix_transpose_conj(x, xp), work
     finite, a = finite_part(a, xp)
-    valid = finite & is_hermitian(a, xp) if hermitian else finite
     scale = _unit_scale(a, xp)
     a = a / scale
     if m > n:
@@ -281,8 +273,8 @@ def truncated(a: Array, *, rtol: float, hermitian: bool, xp: Namespace) -> tuple
     x, work = _truncated_square(a, rtol=rtol, xp=xp)
     x = x @ matrix_transpose_conj(q, xp) if m > n else x
     x = hermitian_part(x, xp) if hermitian else x
-    work = work._replace(cutoff=work.cutoff * scale[..., 0, 0], valid=valid)
-    return or_nan(valid, x / scale, xp), work
+    work = work._replace(cutoff=work.cutoff * scale[..., 0, 0], valid=finite)
+    return or_nan(finite, x / scale, xp), work
 
 
 def _truncated_square(a: Array, *, rtol: float, xp: Namespace) -> tuple[Array, Work]:

@@ -26,7 +26,7 @@ from lowrank._array import (
     real_dtype,
     stop_gradient,
 )
-from lowrank._newton import Work, as_matrices, finite_part, frobenius, hermitian_part, is_hermitian, or_nan
+from lowrank._newton import Work, as_matrices, finite_part, frobenius, hermitian_part, or_nan
 from lowrank._newton import scaled_newton as _scaled_newton
 from lowrank._newton import truncated as _truncated
 
@@ -92,7 +92,8 @@ def pinv_newton(
         NumPy's: singular values between NumPy's default and this one are dropped. σ_max is known to a few per
         cent, so the cutoff is too; ``info.cutoff`` holds the value used.
     hermitian : bool
-        Declares that ``a`` equals its conjugate transpose. The result then does so to the last bit.
+        Declares that ``a`` equals its conjugate transpose, up to √eps of its norm; the Hermitian part is what is
+        inverted. The result equals its own conjugate transpose to the last bit.
     ridge : float
         δ > 0 declares ``a`` Hermitian positive semidefinite (``hermitian=True`` is required) and means
         ``a + δ I`` throughout. The number of steps then follows from δ and ‖a‖_∞ alone.
@@ -166,7 +167,11 @@ def pinv_newton(
                     solve = partial(_scaled_newton, ridge=ridge, xp=xp)
                 else:
                     solve = partial(_truncated, rtol=rtol, hermitian=hermitian, xp=xp)
+                p = hermitian_part(p, xp) if hermitian else p
                 x, work = _differentiable(solve, p, full_rank=ridge > 0, xp=xp)
+                if hermitian:
+                    valid = work.valid & _is_hermitian(a, given.dtype, xp)
+                    x, work = or_nan(valid, x, xp), work._replace(valid=valid)
             a = p
         info = _certificate(stop_gradient(a), stop_gradient(x), work, xp) if return_info else None
     x = xp.astype(x, given.dtype) if is_half(given) else x
@@ -220,6 +225,12 @@ def _precision(a: Array, xp: Namespace) -> str:
     return "float32" if real_dtype(a, xp) == xp.float32 else "float64"
 
 
+def _is_hermitian(a: Array, given_dtype: Any, xp: Namespace) -> Array:
+    """Whether a and aᴴ differ by no more than rounding could explain: √eps of the dtype given, relative to ‖a‖_F."""
+    tolerance = math.sqrt(float(xp.finfo(given_dtype).eps))
+    return frobenius(a - matrix_transpose_conj(a, xp), xp) <= tolerance * frobenius(a, xp)
+
+
 def _differentiable(solve, p: Array, *, full_rank: bool, xp: Namespace) -> tuple[Array, Work]:
     """solve(p), with the closed-form derivative attached where the library differentiates."""
     if not has_derivative(p):
@@ -262,15 +273,14 @@ def _textbook(p: Array, *, steps: int, alpha: Any, ridge: float, xp: Namespace) 
 
 def _direct(p: Array, *, rtol: float, hermitian: bool, ridge: float, xp: Namespace) -> tuple[Array, Work]:
     """The same truncated pseudoinverse from the library's own eigh or SVD."""
-    finite, p = finite_part(p, xp)
+    valid, p = finite_part(p, xp)
     if hermitian:
         values, right = xp.linalg.eigh(p)
         left_h, magnitude = matrix_transpose_conj(right, xp), xp.abs(values)
-        valid = finite & is_hermitian(p, xp)
     else:
         left, values, right_h = xp.linalg.svd(p, full_matrices=False)
         left_h, right = matrix_transpose_conj(left, xp), matrix_transpose_conj(right_h, xp)
-        magnitude, valid = values, finite
+        magnitude = values
     if ridge > 0:
         cutoff = xp.zeros_like(values[..., 0])
         # P ≽ ridge·I up to the rounding of the eigenvalues.

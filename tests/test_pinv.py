@@ -322,6 +322,22 @@ def test_half_precision_is_computed_in_single(dtype, library):
     assert np.all(np.abs(got - exact) <= 0.51 * eps * np.abs(exact) + 1e-5 * norm(exact))
 
 
+def test_rounding_does_not_contradict_the_declaration(xp: Backend):
+    a, _ = from_spectrum(np.logspace(0, -2, 6), 6, 6)
+    gram = a @ a.T + 1e-9 * np.triu(np.ones((6, 6)), 1)
+    for options in ({}, {"ridge": 0.1}):
+        given_ = xp.asarray(gram)
+        x, info = pinv_newton(given_, hermitian=True, return_info=True, **options)
+        part = 0.5 * (gram + gram.T) + options.get("ridge", 0.0) * np.eye(6)
+        exact = np.linalg.inv(part)
+        got = xp.check(x, given_, (6, 6))
+        assert norm(got - exact) <= 100 * 1e4 * np.finfo(float).eps * norm(exact)
+        assert bool(to_host(info.finite))
+    half = torch.asarray(gram).to(torch.float16)
+    half[0, 1] *= 1.002
+    assert torch.isfinite(pinv_newton(half, hermitian=True, ridge=0.1)).all()
+
+
 def test_autocast_does_not_reach_inside():
     a, exact = from_spectrum(np.logspace(0, -1, 6), 6, 6, dtype=np.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
