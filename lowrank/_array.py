@@ -75,11 +75,13 @@ def is_traced(*arrays: Array) -> bool:
         elif compat.is_torch_array(x):
             import torch
 
+            if torch.compiler.is_compiling():
+                return True
             functorch = torch._C._functorch
             while functorch.is_gradtrackingtensor(x):
                 x = functorch.get_unwrapped(x)
             # A vmapped tensor shows a batch of values as one, so that it has no single truth value.
-            if torch.compiler.is_compiling() or functorch.is_batchedtensor(x):
+            if functorch.is_batchedtensor(x):
                 return True
     return False
 
