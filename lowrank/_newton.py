@@ -205,7 +205,7 @@ def _unit_scale(a: Array, xp: Namespace) -> Array:
     """The power of two nearest max |a_ij|, by which division is exact; 1 for a zero matrix."""
     largest = xp.max(xp.abs(a), axis=(-2, -1))
     safe = xp.where(largest > 0, largest, xp.ones_like(largest))
-    return (2.0 ** xp.round(xp.log2(safe)))[..., None, None]
+    return as_matrices(2.0 ** xp.round(xp.log2(safe)))
 
 
 def _largest_eigenvalue(gram: Array, xp: Namespace) -> tuple[Array, Array]:

@@ -12,9 +12,11 @@ import math
 import numbers
 from collections.abc import Callable
 
+import numpy as np
+
 from lowrank import pinv as _pinv
 from lowrank._array import Array, Namespace, arithmetic, is_half, namespace
-from lowrank.kernels import _broadcast, _checked_lengthscale, _expanded_squared_distances
+from lowrank.kernels import _checked_lengthscale, _expanded_squared_distances
 
 
 def softmax_free_attention(
@@ -130,7 +132,7 @@ def _check_shapes(q: Array, v: Array, landmarks: Array) -> None:
             f"q has shape {shapes['q']} and v {shapes['v']}; their second axes from the end, the tokens, must be equal"
         )
     try:
-        _broadcast(*(shape[:-2] for shape in shapes.values()))
+        np.broadcast_shapes(*(shape[:-2] for shape in shapes.values()))
     except ValueError:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"the leading axes must broadcast; the shapes are {listed}") from None

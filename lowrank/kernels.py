@@ -12,6 +12,8 @@ import math
 import numbers
 from collections.abc import Callable
 
+import numpy as np
+
 from lowrank._array import (
     Array,
     Namespace,
@@ -272,10 +274,10 @@ def gaussian_matmul(x: Array, y: Array, v: Array, /, *, lengthscale: float | Arr
 def _blockwise(choose: Callable, x: Array, y: Array, v: Array, s: Array, c: Array, xp: Namespace) -> Array:
     """Σ over blocks of y of k(x, y) v, for one block of x after the other."""
     n, m = x.shape[-2], y.shape[-2]
-    batch = _broadcast(tuple(x.shape[:-2]), tuple(y.shape[:-2]))
+    batch = np.broadcast_shapes(tuple(x.shape[:-2]), tuple(y.shape[:-2]))
     entries = max(1, _BLOCK_ENTRIES // max(1, math.prod(batch)))
     if n == 0 or m == 0:
-        batch = _broadcast(batch, tuple(v.shape[:-2]))
+        batch = np.broadcast_shapes(batch, tuple(v.shape[:-2]))
         return xp.zeros((*batch, n, v.shape[-1]), dtype=x.dtype, device=device(x))
     rows = min(n, max(math.isqrt(entries), entries // m))
     columns = entries // rows
@@ -380,7 +382,7 @@ def _either(x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Array:
 
 def _sums(x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Array:
     n, m, d = x.shape[-2], y.shape[-2], x.shape[-1]
-    batch = _broadcast(tuple(x.shape[:-2]), tuple(y.shape[:-2]))
+    batch = np.broadcast_shapes(tuple(x.shape[:-2]), tuple(y.shape[:-2]))
     if d == 0:
         return xp.zeros((*batch, n, m), dtype=x.dtype, device=device(x))
     # Features of y one after the other, each contiguous: it is read once for every row of x.
@@ -440,22 +442,11 @@ def _checked_points(x: Array, y: Array, **values: Array) -> Namespace:
     if "v" in shapes and shapes["v"][-2] != shapes["y"][-2]:
         raise ValueError(f"v has shape {shapes['v']} and y {shapes['y']}; v needs one row for each point of y")
     try:
-        _broadcast(*(shape[:-2] for shape in shapes.values()))
+        np.broadcast_shapes(*(shape[:-2] for shape in shapes.values()))
     except ValueError:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"the leading axes must broadcast; the shapes are {listed}") from None
     return xp
-
-
-def _broadcast(*batches: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that batch shapes broadcast to; ValueError where they do not."""
-    result = []
-    for axis in range(max(map(len, batches)), 0, -1):
-        sizes = {batch[-axis] for batch in batches if len(batch) >= axis and batch[-axis] != 1}
-        if len(sizes) > 1:
-            raise ValueError(f"the batch shapes {batches} do not broadcast")
-        result.append(sizes.pop() if sizes else 1)
-    return tuple(result)
 
 
 def _checked_lengthscale(lengthscale: Array, x: Array, xp: Namespace) -> float | Array:

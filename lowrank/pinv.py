@@ -39,7 +39,7 @@ _SMALLEST_RTOL = {"float32": 1e-6, "float64": 1e-12}
 class PinvInfo(NamedTuple):
     """What :func:`pinv_newton` did and how good the result is; arrays of the batch shape ``a.shape[:-2]``.
 
-    Attributes
+    Parameters
     ----------
     steps : array of int
         Newton steps and purifications spent on the element (0 for ``method="direct"``).
@@ -92,8 +92,8 @@ def pinv_newton(
         NumPy's: singular values between NumPy's default and this one are dropped. σ_max is known to a few per
         cent, so the cutoff is too; ``info.cutoff`` holds the value used.
     hermitian : bool
-        Declares that ``a`` equals its conjugate transpose, up to √eps of its norm; the Hermitian part is what is
-        inverted. The result equals its own conjugate transpose to the last bit.
+        Declares that ``a`` equals its conjugate transpose, up to √eps of its largest entry; the Hermitian part is
+        what is inverted. The result equals its own conjugate transpose to the last bit.
     ridge : float
         δ > 0 declares ``a`` Hermitian positive semidefinite (``hermitian=True`` is required) and means
         ``a + δ I`` throughout. The number of steps then follows from δ and ‖a‖_∞ alone.
@@ -226,9 +226,13 @@ def _precision(a: Array, xp: Namespace) -> str:
 
 
 def _is_hermitian(a: Array, given_dtype: Any, xp: Namespace) -> Array:
-    """Whether a and aᴴ differ by no more than rounding could explain: √eps of the dtype given, relative to ‖a‖_F."""
+    """Whether a and aᴴ differ by no more than rounding could explain: √eps of the dtype given, in the largest entry.
+
+    (A Frobenius norm would overflow or vanish at scales where the entries do not.)
+    """
     tolerance = math.sqrt(float(xp.finfo(given_dtype).eps))
-    return frobenius(a - matrix_transpose_conj(a, xp), xp) <= tolerance * frobenius(a, xp)
+    gap, size = (xp.max(xp.abs(t), axis=(-2, -1)) for t in (a - matrix_transpose_conj(a, xp), a))
+    return gap <= tolerance * size
 
 
 def _differentiable(solve, p: Array, *, full_rank: bool, xp: Namespace) -> tuple[Array, Work]:

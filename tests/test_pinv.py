@@ -338,6 +338,13 @@ def test_rounding_does_not_contradict_the_declaration(xp: Backend):
     assert torch.isfinite(pinv_newton(half, hermitian=True, ridge=0.1)).all()
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])
+def test_a_false_declaration_is_seen_at_any_scale(scale):
+    a = scale * np.array([[0.0, 1.0], [0.5, 0.0]])
+    assert np.isnan(pinv_newton(a, hermitian=True)).all()
+    assert np.isfinite(pinv_newton(a)).all()
+
+
 def test_autocast_does_not_reach_inside():
     a, exact = from_spectrum(np.logspace(0, -1, 6), 6, 6, dtype=np.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
