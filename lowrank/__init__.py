@@ -17,15 +17,18 @@ from lowrank.kernels import (
 )
 from lowrank.landmarks import segment_means, uniform
 from lowrank.pinv import PinvInfo, pinv_newton
+from lowrank.schedule import NewtonSchedule, newton_schedule
 
 __all__ = [
     "LowRank",
+    "NewtonSchedule",
     "PinvInfo",
     "gaussian_kernel",
     "gaussian_matmul",
     "laplacian_kernel",
     "matern32_kernel",
     "matern52_kernel",
+    "newton_schedule",
     "nystrom",
     "pinv_newton",
     "segment_means",

@@ -25,14 +25,26 @@ def _leading_bits(a: Array, axis: int, bits: int, xp: Namespace) -> Array:
     return leading[0] if len(parts) == 1 else xp.astype(leading[0], a.dtype) + 1j * xp.astype(leading[1], a.dtype)
 
 
-def accurate_product(a: Array, b: Array, xp: Namespace, *, minus: Array | float = 0.0) -> Array:
-    """a @ b − minus with an error near eps·|ab − minus| instead of eps·|a||b|, in three products.
+def split_product(a: Array, b: Array, xp: Namespace) -> tuple[Array, Array]:
+    """Two arrays whose exact sum is a @ b with an error near 2^-bits·eps·|a||b|, in three products.
 
-    The leading bits of both are so few that their product is free of rounding (Ozaki, Ogita, Oishi & Rump,
-    Numer. Algorithms 59, 2012); the rest is smaller by as many bits, and so is its rounding.
+    The first is free of rounding: the leading bits of both factors are so few that sums of their products fit.
     """
     terms = a.shape[-1] * (2 if xp.isdtype(a.dtype, "complex floating") else 1)
     digits = 1 - round(math.log2(float(xp.finfo(a.dtype).eps)))
     bits = (digits - math.ceil(math.log2(terms)) - 1) // 2
     a_lead, b_lead = _leading_bits(a, -1, bits, xp), _leading_bits(b, -2, bits, xp)
-    return (a_lead @ b_lead - minus) + (a_lead @ (b - b_lead) + (a - a_lead) @ b)
+    return a_lead @ b_lead, a_lead @ (b - b_lead) + (a - a_lead) @ b
+
+
+def accurate_product(a: Array, b: Array, xp: Namespace, *, minus: Array | float = 0.0) -> Array:
+    """a @ b − minus with an error near eps·|ab − minus| instead of eps·|a||b|, in three products."""
+    exact, remainder = split_product(a, b, xp)
+    return (exact - minus) + remainder
+
+
+def accurate_sum(x: Array, y: Array) -> tuple[Array, Array]:
+    """The rounded sum of x and y and its rounding error (D. Knuth, The Art of Computer Programming 2, 4.2.2)."""
+    total = x + y
+    shadow = total - x
+    return total, (x - (total - shadow)) + (y - shadow)

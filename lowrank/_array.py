@@ -194,3 +194,15 @@ def solve_triangular(lower: Array, b: Array, xp: Namespace) -> Array:
     else:
         return xp.linalg.solve(lower, b)
     return linalg.solve_triangular(lower, b, lower=True)
+
+
+def is_on_cpu(x: Array) -> bool:
+    """Whether x lives in the host's memory, where small caches reward small chunks."""
+    return compat.is_numpy_array(x) or str(getattr(compat.device(x), "platform", compat.device(x))).lower().startswith(
+        "cpu"
+    )
+
+
+def add_scaled(x: Array, y: Array, alpha: float, xp: Namespace) -> Array:
+    """x + αy, in one pass where the library has it."""
+    return xp.add(x, y, alpha=alpha) if compat.is_torch_array(x) else x + alpha * y

@@ -1,16 +1,17 @@
-"""The two iterations behind ``pinv``: scaled Newton, and growth with purification.
+"""The iterations behind ``pinv``: scaled Newton for a ridge, growth and purification for everything else.
 
-Scaled Newton (Pan & Schreiber, SIAM J. Sci. Stat. Comput. 12, 1991) leaves after K steps the smallest residual of all
-polynomials of degree 2^K, and its K is known beforehand. For the truncated pseudoinverse it grows E = XA from the
-scale of σ² until the cutoff stands at ½; purification E ← 3E² − 2E³ (McWeeny, Rev. Mod. Phys. 32, 1960), second order
-at 0 and at 1, then sends what lies below to 0 and what lies above to 1. docs/pinv.md has the derivations.
+Both compose the steps X ← sS(R)X, R = I − sE, E = XA, that ``schedule`` chooses (Pan & Schreiber, SIAM J. Sci. Stat.
+Comput. 12, 1991). For the truncated pseudoinverse they grow the eigenvalues σ² of AᴴA towards 1, until none is left
+above the cutoff; purification E ← p(E) with p flat at 0 and at 1 (McWeeny, Rev. Mod. Phys. 32, 1960) then sends what
+lies below to 0 and what lies above to 1. docs/pinv.md has the derivations.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,32 +19,34 @@ from lowrank._accurate import accurate_product
 from lowrank._array import (
     Array,
     Namespace,
+    add_scaled,
     device,
     from_host,
+    is_on_cpu,
     is_traced,
     matrix_transpose_conj,
     real_dtype,
-    repeat,
     to_host,
 )
+from lowrank.schedule import Plan, Step, levels, plan
 
-# Any bound u that equals σ_max lets rounding push E past the end of the interval, where the next scaled
-# step grows it like a Chebyshev polynomial outside [−1, 1]; one per cent keeps it inside.
-_MARGIN = 1.01
-# Scaled steps fold large eigenvalues of E down to this at the least, far above rounding; folded to
-# rounding level they could change sign and never come back. It costs half a step.
-_FLOOR = 0.01
+# A bound u that equals λ_max lets rounding push E past the end of the interval, where the next step grows it like a
+# Chebyshev polynomial outside [−1, 1]; two per cent of σ² keep it inside.
+_MARGIN = 1.02
 # Growth ends when what lies above √_GUARD times the cutoff has E within _GROWN of 1. The guard is where a
 # spectrum's transition from 0 to 1 has the cutoff itself near ½; the rest is corrected by one scalar.
 _GROWN = 0.1
 _GUARD = 2.8
-# A relative distance d of σ from the cutoff shows as |E − ½| ≈ 0.7d, which purification enlarges 1.5-fold a
-# pass: 16 passes decide all that lies further than about one per cent from the cutoff.
-_PURIFICATIONS = 16
-# From _GROWN, 3r² five times over is below eps in float64.
-_IDEMPOTENT = 5
-# λ_max of the Gram matrix G from tr G^2p and tr G^p, p = 2^(_SQUARINGS − 1).
-_SQUARINGS = 3
+# Eager growth looks after two steps of order 9 whether it is done; they lower the resolved cutoff by about this.
+_STRIDE = 64.0
+# A relative distance d of σ from the cutoff shows as |E − ½| ≈ 0.7d, which a purification enlarges 2.46-fold: seven
+# of them decide all that lies further than about one per cent from the cutoff, and finish it.
+_PURIFICATIONS = 7
+# The coefficients of p(e)/e, p(e) = 126e⁵ − 420e⁶ + 540e⁷ − 315e⁸ + 70e⁹: p = p' = … = p⁗ = 0 at 0, and so is 1 − p
+# at 1.
+_PURIFYING = (0.0, 0.0, 0.0, 0.0, 126.0, -420.0, 540.0, -315.0, 70.0)
+# Numbers in a chunk of the batch: on a CPU such that its matrices stay in the cache, elsewhere for memory.
+_CHUNK = {True: 3 << 16, False: 1 << 27}
 
 
 class Work(NamedTuple):
@@ -79,277 +82,452 @@ def or_nan(valid: Array, x: Array, xp: Namespace) -> Array:
     return xp.where(as_matrices(valid), x, xp.asarray(math.nan, dtype=x.dtype, device=device(x)))
 
 
-class _Schedule(NamedTuple):
-    """Scaled Newton on spectra in [low, 2 − low]: factors (K, ...), and where it ends, (...)."""
-
-    factors: Array
-    count: Array
-    epsilon: Array
-    tracked: Array
-    uniform: bool
+def _identity(a: Array, xp: Namespace) -> Array:
+    return xp.eye(a.shape[-1], dtype=a.dtype, device=device(a))
 
 
-def _schedule(
-    low: Array, tolerance: Any, floor: float, xp: Namespace, *, longest: int, tracked: Array | None = None
-) -> _Schedule:
-    """Factors ρ_k = 2/(2 − ε_k²), ε_{k+1} = ε_k²/(2 − ε_k²), until ε ≤ tolerance, per element.
+class _Octic(NamedTuple):
+    """Σ cₖrᵏ, k ≤ 8, as (z + βr² + γr + δ)(z + ρr²) + φr² + c₁r + c₀ with z = r²(αr² + ζr), in three products."""
 
-    With m = max(low, floor) in place of low the large eigenvalues stay above the floor while those
-    below it still grow 4/(1 + 2 floor)-fold a step. Written in low = 1 − ε, which keeps its digits
-    when it is tiny; ``tracked`` is one eigenvalue followed through the same steps.
+    alpha: float
+    zeta: float
+    beta: float
+    gamma: float
+    delta: float
+    rho: float
+    phi: float
+
+
+@functools.lru_cache(maxsize=4096)
+def _octic(c: tuple[float, ...]) -> _Octic:
+    """The parameters of the form, from comparing coefficients (after J. Sastre, Linear Algebra Appl. 539, 2018).
+
+    ρ solves a quadratic equation, whose discriminant is positive for all polynomials used here.
     """
-
-    def advance(low: Array, epsilon: Array, tracked: Array, count: Array) -> tuple[Array, tuple]:
-        run = epsilon > tolerance
-        m = xp.maximum(low, xp.full_like(low, floor))
-        s = m * (2 - m)
-        rho = 2 / (1 + s)
-        grown = rho * low * (2 - low)
-        shrunk = xp.where(low >= floor, epsilon * epsilon / (1 + s), 1 - grown)
-        followed = rho * tracked * (2 - tracked)
-        return rho, (
-            xp.where(run, grown, low),
-            xp.where(run, shrunk, epsilon),
-            xp.where(run, followed, tracked),
-            count + xp.where(run, xp.ones_like(count), xp.zeros_like(count)),
-        )
-
-    state = low, 1 - low, low if tracked is None else tracked, xp.zeros_like(low)
-    if is_traced(low):
-        slot = xp.reshape(xp.arange(longest, device=device(low)), (longest,) + (1,) * low.ndim)
-
-        def body(k: Array, carry: tuple) -> tuple:
-            factors, state = carry
-            rho, state = advance(*state)
-            return xp.where(slot == k, rho, factors), state
-
-        empty = xp.ones((longest, *low.shape), dtype=low.dtype, device=device(low))
-        factors, state = repeat(body, (empty, state), longest, like=low)
-    else:
-        factors = np.empty((0, *low.shape))
-        while len(factors) < longest and np.any(state[1] > tolerance):
-            rho, state = advance(*state)
-            factors = np.concat([factors, rho[None]])
-    _, epsilon, tracked, count = state
-    uniform = not is_traced(low) and bool(np.all(count == len(factors)))
-    return _Schedule(factors, count, epsilon, tracked, uniform)
+    alpha = math.sqrt(c[8])
+    zeta = c[7] / (2 * alpha)
+    total = (c[6] - zeta * zeta) / alpha
+    gamma = (c[5] - zeta * total) / alpha
+    half = (total - alpha * gamma / zeta) / 2
+    rho = half + math.copysign(1.0, -half) * math.sqrt(half * half + zeta * gamma + alpha * c[3] / zeta - c[4])
+    delta = (c[3] - gamma * rho) / zeta
+    return _Octic(alpha, zeta, total - rho, gamma, delta, rho, c[2] - delta * rho)
 
 
-def _longest(low: float, tolerance: float) -> int:
-    """Steps from any spectrum in [low, 2 − low] to ε ≤ tolerance: log₂(acosh(1/tol)/acosh(1/ε₀)), and two per cent
-    for the floor, which takes as much off the fourfold growth."""
-    return math.ceil(1.02 * math.log2(math.acosh(1 / tolerance) / math.sqrt(2 * low))) + 1
+def in_chunks(solve: Callable[[Array], tuple[Array, Work]], a: Array, xp: Namespace) -> tuple[Array, Work]:
+    """solve(a), a few matrices of the batch at a time where values can be looked at."""
+    batch, (m, n) = a.shape[:-2], a.shape[-2:]
+    size = max(1, _CHUNK[is_on_cpu(a)] // (m * n))
+    if is_traced(a) or math.prod(batch) <= size:
+        return solve(a)
+    flat = xp.reshape(a, (-1, m, n))
+    parts = [solve(flat[k : min(k + size, flat.shape[0]), ...]) for k in range(0, flat.shape[0], size)]
+    x = xp.concat([x for x, _ in parts], axis=0)
+    work = (xp.reshape(xp.concat(figures, axis=0), batch) for figures in zip(*(w for _, w in parts), strict=True))
+    return xp.reshape(x, (*batch, *x.shape[-2:])), Work(*work)
 
 
-def _readable(values: Array, xp: Namespace) -> tuple[Array, Namespace]:
-    """Scalars of the batch where a schedule can be made of them: on the host in fp64, unless traced."""
-    return (values, xp) if is_traced(values) else (np.asarray(to_host(values), dtype=np.float64), np)
+def polynomial(r: Array, c: tuple[float, ...], xp: Namespace, *, square: Array | None = None) -> Array:
+    """Σ cₖRᵏ without its constant term c₀I, of degree 1, 2, 4 or 8, in 0, 1, 2 or 3 products; one less where R² is
+    given."""
+    if len(c) == 2:
+        return c[1] * r
+    y = r @ r if square is None else square
+    if len(c) == 3:
+        return add_scaled(c[1] * r, y, c[2], xp)
+    eye = _identity(r, xp)
+    if len(c) == 5:
+        return add_scaled(y @ add_scaled(add_scaled(c[2] * eye, r, c[3], xp), y, c[4], xp), r, c[1], xp)
+    form = _octic(c)
+    right = add_scaled(y @ add_scaled(form.alpha * y, r, form.zeta, xp), y, form.rho, xp)
+    left = add_scaled(add_scaled(right, y, form.beta - form.rho, xp), r, form.gamma, xp) + form.delta * eye
+    return add_scaled(add_scaled(left @ right, y, form.phi, xp), r, c[1], xp)
 
 
-def _beside(values: Array, a: Array, xp: Namespace) -> Array:
-    """Scalars of the batch, wherever a schedule left them, beside the matrices and in their real dtype."""
-    return values if is_traced(values) else from_host(np.asarray(values), a, xp, dtype=real_dtype(a, xp))
+def _apply(step: Step, x: Array, e: Array, xp: Namespace) -> Array:
+    """X ← sS(R)X with R = I − sE."""
+    c = step.coefficients
+    s = polynomial(add_scaled(_identity(e, xp), e, -step.scale, xp), c, xp) + c[0] * _identity(e, xp)
+    return (step.scale * s) @ x
 
 
-def _follow(plan: _Schedule, x: Array, step: Callable[[Array, Array], Array], xp: Namespace) -> Array:
-    """x ← step(ρ_k, x) through the schedule, each element frozen when its own steps are done."""
-    factors, count = (as_matrices(_beside(t, x, xp)) for t in (plan.factors, plan.count))
+def _apply_accurately(step: Step, x: Array, a: Array, xp: Namespace) -> Array:
+    """The same with R from split factors, and S(R)X as c₀X plus what is small, for the last step.
 
-    def body(k: Array, x: Array) -> Array:
-        following = step(factors[k, ...], x)
-        return following if plan.uniform else xp.where(count > k, following, x)
+    Formed in working precision, E would have an error of order κ·eps, and X one of κ·eps from the left, so that AX
+    were right to κ²·eps only.
+    """
+    x = step.scale * x
+    r = -accurate_product(x, a, xp, minus=_identity(a, xp))
+    return step.coefficients[0] * x + polynomial(r, step.coefficients, xp) @ x
 
-    return repeat(body, x, plan.factors.shape[0], like=x)
+
+# --- Positive definite with a ridge ---------------------------------------------------------------------------------
+
+# The conditions that schedules are made for; a matrix takes the next one above its own.
+_CLASS = 4.0
+# Vectors with which the inverse is tried out. An eigenvalue of I − XP of size 1 escapes all of them with probability
+# 1e-5, and they are the same in every call.
+_PROBES = 8
+
+
+class _Deflation(NamedTuple):
+    """P = Q + (what a vector v takes out), v of length 1, or 0 where deflation does not pay."""
+
+    rest: Array
+    square: Array
+    vector: Array
+    value: Array
+    upper: Array
 
 
 def scaled_newton(p: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work]:
-    """P⁻¹ for Hermitian P ≽ ridge·I, by scaled Newton from X₀ = cI.
+    """P⁻¹ for Hermitian P ≽ ridge·I, by scaled Newton from a start that commutes with P up to rounding.
 
-    With u ≥ ‖P‖_∞ and ℓ = ridge/u, c = 2/(u(1+ℓ)) puts the spectrum of E in [1−ε₀, 1+ε₀], ε₀ = (1−ℓ)/(1+ℓ),
-    so the steps depend on κ = u/ridge, not κ². The first step is a polynomial in P and costs no product;
-    the last uses E from split factors, without which A·δX would be of order κ²·eps.
+    With u ≥ ‖P‖ the spectrum of P/u is in [ridge/u, 1], so the steps follow from κ = u/ridge, not κ². One
+    leading eigenvector is deflated where that lowers u: kernel matrices have one of eigenvalue near n. The first
+    step is a polynomial in P; the last uses E from split factors.
     """
     eps = float(xp.finfo(p.dtype).eps)
     finite, p = finite_part(p, xp)
-    upper = _MARGIN * xp.max(xp.sum(xp.abs(p), axis=-1), axis=-1)
-    # At least the ridge, for elements that are not finite and were set to zero.
-    u, host = _readable(xp.maximum(upper, xp.full_like(upper, ridge)), xp)
-    ell = ridge / u
-    # A change of P in its last bits moves X by κ·eps; truncation is hidden far below that.
-    tolerance = host.maximum(eps / (512 * ell), host.full_like(ell, eps / 4))
-    # The last step squares ε, so the steps before it stop at the square root.
-    plan = _schedule(
-        2 * ell / (1 + ell), host.sqrt(2 * tolerance), math.sqrt(eps), host, longest=_longest(eps, math.sqrt(eps))
-    )
-    c = as_matrices(_beside(2 / (u * (1 + ell)), p, xp))
-    eye = xp.eye(p.shape[-1], dtype=p.dtype, device=device(p))
+    # Elements that are not finite are the identity times the ridge from here on.
+    p = xp.where(as_matrices(finite), p, ridge * _identity(p, xp))
+    start = _deflated(p, ridge, xp)
+    if is_traced(p):
+        classes = xp.full_like(start.upper, 1 / (8 * eps))
+        conditions = [1 / (8 * eps)]
+    else:
+        exact = np.maximum(to_host(start.upper).astype(np.float64) / ridge, _CLASS)
+        exact = np.minimum(_CLASS ** np.ceil(np.log(exact) / math.log(_CLASS)), 1 / eps)
+        classes = from_host(exact, p, xp, dtype=real_dtype(p, xp))
+        conditions = np.unique(exact).tolist()
+    zero = xp.zeros_like(start.upper)
+    x, work = xp.zeros_like(p), Work(zero, zero, zero, zero, finite)
+    for condition in conditions:
+        # A change of P in its last bits moves X by κ·eps; truncation is hidden far below that, where κ is known.
+        tolerance = eps / 4 if is_traced(p) else max(eps * condition / 512, eps / 4)
+        chosen = plan(1 / condition, 1.0, tolerance)
+        found = _inverse(p, start, chosen, xp)
+        if len(conditions) == 1:
+            x, here = found, zero == 0
+        else:
+            here = xp.abs(classes - condition) <= 0.1 * condition
+            x = xp.where(as_matrices(here), found, x)
+        # The first step needs neither E nor S·X, the last has E from three products.
+        figures = (len(chosen.steps), chosen.products, max(1 - chosen.low, chosen.high - 1))
+        count, products, bound = (
+            xp.where(here, xp.full_like(zero, float(f)), old) for f, old in zip(figures, work[:3], strict=True)
+        )
+        work = Work(count, products, bound, zero, finite)
+    x = hermitian_part(x, xp)
+    probes = np.random.default_rng(0).standard_normal((p.shape[-1], _PROBES))
+    probes = from_host(probes, p, xp, dtype=p.dtype)
+    valid = finite & (frobenius(x @ (p @ probes) - probes, xp) <= 0.5)
+    return or_nan(valid, x, xp), work._replace(valid=valid)
 
-    # The first step, from cI, needs no product.
-    first = plan._replace(factors=plan.factors[:1])
-    rest = plan._replace(factors=plan.factors[1:], count=plan.count - 1)
-    x = _follow(first, c * eye, lambda rho, x: rho * (2 * x - c * c * p), xp)
-    x = _follow(rest, x, lambda rho, x: rho * (2 * x - (x @ p) @ x), xp)
-    residual = accurate_product(x, p, xp, minus=eye)
-    square = plan.epsilon * plan.epsilon
-    x = as_matrices(_beside(2 / (2 - square), p, xp)) * (x - residual @ x)
-    # An eigenvalue outside [ridge, u], or rounding κ·eps near 1, leaves E − I before the last step larger
-    # than that step can mend.
-    valid = finite & (frobenius(residual, xp) <= 0.5)
-    count = _beside(plan.count, p, xp)
-    products = 2 * xp.maximum(count - 1, xp.zeros_like(count)) + 4
-    work = Work(count + 1, products, _beside(square / (2 - square), p, xp), xp.zeros_like(count), valid)
-    return or_nan(valid, hermitian_part(x, xp), xp), work
 
+def _deflated(p: Array, ridge: float, xp: Namespace) -> _Deflation:
+    """Take out the leading eigenvector where that pays.
 
-def _unit_scale(a: Array, xp: Namespace) -> Array:
-    """The power of two nearest max |a_ij|, by which division is exact; 1 for a zero matrix."""
-    largest = xp.max(xp.abs(a), axis=(-2, -1))
-    safe = xp.where(largest > 0, largest, xp.ones_like(largest))
-    return as_matrices(2.0 ** xp.round(xp.log2(safe)))
-
-
-def _largest_eigenvalue(gram: Array, xp: Namespace) -> tuple[Array, Array]:
-    """Estimates from below and bounds from above of λ_max(G), G ≽ 0, from the traces of its powers.
-
-    tr G^2p / tr G^p is a mean of λ^p weighted by λ^p, and (tr G^2p)^(1/2p) exceeds λ_max by n^(1/2p) at most.
+    For a unit vector v, θ = vᴴPv, w = Pv − θv and Q = (I − vvᴴ)P(I − vvᴴ), the spectrum of Q on the complement of v
+    is in [ridge, ‖Q‖] by interlacing. From X = vvᴴ/θ + q(Q)(I − vvᴴ) the spectrum of E is that of
+    [[1, bᴴ], [b, q(Q)Q]], b = q(Q)^½ w/√θ, which differs from its diagonal blocks by ‖b‖ at the most, and
+    q(Q) is at most 100/‖Q‖ after a step of order 9.
     """
-    scale = xp.max(xp.sum(xp.abs(gram), axis=-1), axis=-1)
-    scale = xp.where(scale > 0, scale, xp.ones_like(scale))
-    power, p = gram / as_matrices(scale), 1
-    for _ in range(_SQUARINGS):
-        half = power
-        power, p = power @ power, 2 * p
-    trace, half_trace = (xp.real(xp.linalg.trace(t)) for t in (power, half))
-    positive = trace > 0
-    trace, half_trace = (xp.where(positive, t, xp.ones_like(t)) for t in (trace, half_trace))
-    lower = (trace / half_trace) ** (2 / p)
-    upper = xp.minimum(trace ** (1 / p), xp.ones_like(trace))
-    return scale * lower, scale * upper
-
-
-def _projector(g: Array, xp: Namespace) -> tuple[Array, Array]:
-    """The orthogonal projector onto the range of Hermitian g with eigenvalues 0 or at least 1, and its products.
-
-    Scaled Newton G ← ρ(2G − G²) brings the eigenvalues near 1, purification there and to 0; the result is
-    idempotent to eps, however g is scaled along its range.
-    """
-    upper = _MARGIN * xp.max(xp.sum(xp.abs(g), axis=-1), axis=-1)
-    u, host = _readable(upper, xp)
-    low = 1 / host.maximum(u, host.ones_like(u))
-    longest = _longest(math.sqrt(float(xp.finfo(g.dtype).eps)), _GROWN)
-    plan = _schedule(2 * low / (1 + low), _GROWN, _FLOOR, host, longest=longest)
-    g = as_matrices(_beside(2 * low / (1 + low), g, xp)) * g
-    g = _follow(plan, g, lambda rho, g: rho * (2 * g - g @ g), xp)
-
-    def purify(_: Array, g: Array) -> Array:
-        square = g @ g
-        return 3 * square - 2 * (square @ g)
-
-    g = repeat(purify, g, _IDEMPOTENT, like=g)
-    return g, _beside(plan.count, g, xp) + 2 * _IDEMPOTENT
-
-
-def _accurately_purified(x: Array, a: Array, xp: Namespace) -> Array:
-    """X ← (3E − 2E²)X with E from split factors: five products, and rounding of order eps·‖X‖ only."""
-    e = accurate_product(x, a, xp)
-    ex = e @ x
-    return 3 * ex - 2 * (e @ ex)
-
-
-def truncated(a: Array, *, rtol: float, hermitian: bool, xp: Namespace) -> tuple[Array, Work]:
-    """The pseudoinverse with singular values up to rtol·σ_max dropped.
-
-    A rectangular matrix is first reduced to the square factor of its QR decomposition, A⁺ = R⁺Qᴴ.
-    """
-    m, n = a.shape[-2:]
-    if m < n:
-        x, work = truncated(matrix_transpose_conj(a, xp), rtol=rtol, hermitian=False, xp=xp)
-        return matrix_transpose_conj(x, xp), work
-    finite, a = finite_part(a, xp)
-    scale = _unit_scale(a, xp)
-    a = a / scale
-    if m > n:
-        q, a = xp.linalg.qr(a)
-    x, work = _truncated_square(a, rtol=rtol, xp=xp)
-    x = x @ matrix_transpose_conj(q, xp) if m > n else x
-    x = hermitian_part(x, xp) if hermitian else x
-    work = work._replace(cutoff=work.cutoff * scale[..., 0, 0], valid=finite)
-    return or_nan(finite, x / scale, xp), work
-
-
-def _truncated_square(a: Array, *, rtol: float, xp: Namespace) -> tuple[Array, Work]:
-    """Growth, purification and projection of square matrices of entries up to about 1.
-
-    Growth doubles rounding in the null spaces at every step. Purification X ← (3E − 2E²)X removes it except
-    from two blocks, which map between a null space and a range: any polynomial iteration is neutral
-    there. The orthogonal projectors onto the ranges of Aᴴ and A, from EᴴE and FFᴴ with E = XA and F = AX,
-    remove those.
-    """
-    adjoint = matrix_transpose_conj(a, xp)
-    lower, upper = _largest_eigenvalue(adjoint @ a, xp)
-    (low_square, host), (high_square, _) = _readable(lower, xp), _readable(upper, xp)
-    high_square = _MARGIN**2 * high_square
-    at_cutoff = rtol**2 * low_square / high_square
-    start = _GUARD * at_cutoff
-    narrowest = _GUARD * (rtol / _MARGIN) ** 2 * a.shape[-1] ** (-1 / 2**_SQUARINGS)
-    plan = _schedule(
-        2 * start / (1 + start),
-        _GROWN,
-        _FLOOR,
-        host,
-        longest=_longest(narrowest, _GROWN),
-        tracked=2 * at_cutoff / (1 + start),
-    )
-    x = as_matrices(_beside(2 / (high_square * (1 + start)), a, xp)) * adjoint
-    x = _follow(plan, x, lambda rho, x: rho * (2 * x - (x @ a) @ x), xp)
-    level, epsilon = _beside(0.5 / plan.tracked, a, xp), _beside(plan.epsilon, a, xp)
-    ends = xp.stack([1 - level * (1 - epsilon), 1 - level * (1 + epsilon)])
-    x, passes, bound = _purified(as_matrices(level) * x, a, xp.sqrt(upper), ends, xp)
-
-    for _ in range(2):
-        x = _accurately_purified(x, a, xp)
-    e, f = accurate_product(x, a, xp), accurate_product(a, x, xp)
-    left, left_products = _projector(matrix_transpose_conj(e, xp) @ e, xp)
-    right, right_products = _projector(f @ matrix_transpose_conj(f, xp), xp)
-    x = _accurately_purified(left @ x @ right, a, xp)
+    n = p.shape[-1]
+    v = from_host(np.random.default_rng(0).uniform(0.5, 1.5, (n, 1)), p, xp, dtype=p.dtype)
     for _ in range(3):
-        bound = _purification(bound)
+        v = p @ v
+        v = _unit(v, xp)
+    image = p @ v
+    theta = xp.real(xp.sum(xp.conj(v) * image, axis=(-2, -1)))
+    w = image - as_matrices(theta) * v
+    u = v * as_matrices(0.5 * theta) + w
+    rest = p - (v @ matrix_transpose_conj(u, xp) + u @ matrix_transpose_conj(v, xp))
+    whole = xp.max(xp.sum(xp.abs(p), axis=-1), axis=-1)
+    upper = xp.minimum(xp.max(xp.sum(xp.abs(rest), axis=-1), axis=-1), frobenius(rest, xp))
+    upper = xp.maximum(upper, xp.full_like(upper, ridge))
+    small = 1e-3 * theta * ridge * xp.minimum(100 * ridge / upper, xp.ones_like(upper))
+    pays = (upper <= 0.5 * whole) & (frobenius(w, xp) ** 2 <= small)
+    rest, upper = xp.where(as_matrices(pays), rest, p), xp.where(pays, upper, whole)
+    v = xp.where(as_matrices(pays), v, xp.zeros_like(v))
+    square = rest @ rest
+    # λ_max⁴ ≤ tr P⁴ = ‖P²‖².
+    upper = _MARGIN * xp.minimum(upper, xp.sqrt(frobenius(square, xp)))
+    return _Deflation(rest, square, v, theta, xp.maximum(upper, xp.full_like(upper, ridge)))
 
-    count = _beside(plan.count, a, xp)
-    products = 2 * count + 3 * passes + left_products + right_products + (1 + _SQUARINGS + 3 * 5 + 6 + 4)
-    return x, Work(count + passes + 3, products, bound, rtol * xp.sqrt(lower), passes > 0)
+
+def _unit(v: Array, xp: Namespace) -> Array:
+    length = frobenius(v, xp)
+    return v / as_matrices(xp.where(length > 0, length, xp.ones_like(length)))
 
 
-def _purification(r: Array) -> Array:
-    """What purification makes of r = 1 − e: 1 − (3e² − 2e³)."""
-    return r * r * (3 - 2 * r)
+def _inverse(p: Array, start: _Deflation, chosen: Plan, xp: Namespace) -> Array:
+    eye = _identity(p, xp)
+    first, *between, last = chosen.steps
+    c = first.scale / as_matrices(start.upper)
+    r = eye - c * start.rest
+    square = eye - (2 * c) * start.rest + (c * c) * start.square
+    x = c * (polynomial(r, first.coefficients, xp, square=square) + first.coefficients[0] * eye)
+    # Rounding of order eps·θ along v has grown with q(Q): what q(Q) has there is taken out, not what it should have.
+    v, along = start.vector, x @ start.vector
+    mean = as_matrices(xp.sum(xp.conj(v) * along, axis=(-2, -1))) + 1 / as_matrices(start.value)
+    along = along - 0.5 * mean * v
+    x = x - (v @ matrix_transpose_conj(along, xp) + along @ matrix_transpose_conj(v, xp))
+    for step in between:
+        x = _apply(step, x, x @ p, xp)
+    return _apply_accurately(last, x, p, xp)
 
 
-def _purified(x: Array, a: Array, norm: Array, ends: Array, xp: Namespace) -> tuple[Array, Array, Array]:
-    """X ← (3E − 2E²)X per element until ‖E − E²‖ is at rounding level.
+# --- Truncated pseudoinverses ---------------------------------------------------------------------------------------
 
-    Returns X, the passes each element took, and the bound on |1 − e| that follows from the ends of the
-    interval of 1 − e that it started from.
+
+class _Solved(NamedTuple):
+    """A result, the figures of it that differ from element to element, and where it may be used."""
+
+    x: Array
+    steps: Array
+    products: Array
+    bound: Array
+    accepted: Array
+
+
+class _Growth(NamedTuple):
+    """X and E = XA on the way, the upper end of E's spectrum, and the steps that led there."""
+
+    x: Array
+    e: Array
+    high: float
+    steps: tuple[Step, ...]
+    products: int
+
+
+def square_pinv(
+    a: Array, *, rtol: float, definite: bool, hermitian: bool, xp: Namespace, full_rank: bool = False
+) -> tuple[Array, Work]:
+    """The truncated pseudoinverse of square matrices of entries up to about 1.
+
+    ``definite`` matrices are positive semidefinite and start from X₀ ∝ I, all others from X₀ ∝ Aᴴ. Where values can be
+    looked at, growth pauses at a few levels above the cutoff, and elements that are certified there are
+    finished; with ``full_rank`` no others are, and ``valid`` says which.
     """
-    eps = float(xp.finfo(x.dtype).eps)
+    eager = not is_traced(a)
+    adjoint = None if definite else matrix_transpose_conj(a, xp)
+    gram = a if adjoint is None else adjoint @ a
+    square = gram @ gram
+    largest = _largest_eigenvalue(gram, square, xp)
+    # tr G³ ≤ n^¼ (tr G⁴)^¾ makes this factor times the estimate from below a bound from above.
+    spread = _MARGIN * a.shape[-1] ** 0.25
+    power = 1 if definite else 2
+    cutoff = rtol * (largest if definite else xp.sqrt(largest))
+    zero = xp.zeros_like(cutoff)
+    solved = _Solved(xp.zeros_like(a), zero, zero, zero, zero > 0)
+    first = functools.partial(_first_step, gram, square, as_matrices(spread * largest), adjoint, xp=xp)
+    growth = _Growth(None, None, 1.0, (), -1 if definite else 1)
+    for level in levels(rtol, _STRIDE ** (2 / power)) if eager else (rtol,):
+        growth = _grow(growth, a, min(_GUARD * level**power / spread, 0.5), first, xp)
+        if eager:
+            solved = _finish_full_rank(growth, a, solved, xp)
+            if level > rtol and not full_rank:
+                solved = _finish_certified(growth, a, cutoff, solved, hermitian, xp)
+            if bool(xp.all(solved.accepted)):
+                break
+    else:
+        if not full_rank:
+            solved = _finish_at_cutoff(growth, a, rtol**power / spread, solved, hermitian, xp)
+    return solved.x, Work(solved.steps, solved.products, solved.bound, cutoff, solved.accepted)
 
-    def body(_: Array, state: tuple) -> tuple:
+
+def _largest_eigenvalue(gram: Array, square: Array, xp: Namespace) -> Array:
+    """An estimate of λ_max(G) from below, a few per cent off: the larger of tr G⁴/tr G³ and a Rayleigh quotient."""
+    fourth = frobenius(square, xp) ** 2
+    third = xp.real(xp.sum(xp.conj(gram) * square, axis=(-2, -1)))
+    safe = xp.where(third > 0, third, xp.ones_like(third))
+    v = from_host(np.random.default_rng(0).standard_normal((gram.shape[-1], 1)), gram, xp)
+    for _ in range(6):
+        v = _unit(square @ v, xp)
+    rayleigh = xp.real(xp.sum(xp.conj(v) * (gram @ v), axis=(-2, -1)))
+    return xp.where(third > 0, xp.maximum(fourth / safe, rayleigh), xp.ones_like(third))
+
+
+def _first_step(gram: Array, square: Array, scale: Array, adjoint: Array | None, step: Step, *, xp: Namespace) -> Array:
+    """X after the first step, on E₀ = G/scale; the estimate of the scale has left its square."""
+    eye = _identity(gram, xp)
+    c = step.scale / scale
+    r2 = eye - (2 * c) * gram + (c * c) * square
+    s = polynomial(eye - c * gram, step.coefficients, xp, square=r2) + step.coefficients[0] * eye
+    return c * s if adjoint is None else (c * s) @ adjoint
+
+
+def _grow(growth: _Growth, a: Array, target: float, first: Callable[[Step], Array], xp: Namespace) -> _Growth:
+    """On until what was at ``target`` in E₀, and all above, is within _GROWN of 1."""
+    for step in growth.steps:
+        target = step.follow(target)
+    chosen = plan(target, growth.high, _GROWN)
+    x, e = growth.x, growth.e
+    for step in chosen.steps:
+        x = first(step) if x is None else _apply(step, x, e, xp)
+        e = x @ a
+    return _Growth(x, e, chosen.high, growth.steps + chosen.steps, growth.products + chosen.products)
+
+
+def _choose(found: _Solved, solved: _Solved, xp: Namespace) -> _Solved:
+    """What was found, for elements where it is acceptable and nothing is settled yet."""
+    new = found.accepted & ~solved.accepted
+    x = xp.where(as_matrices(new), found.x, solved.x)
+    steps, products, bound = (xp.where(new, f, old) for f, old in zip(found[1:4], solved[1:4], strict=True))
+    return _Solved(x, steps, products, bound, solved.accepted | new)
+
+
+def _finish_full_rank(growth: _Growth, a: Array, solved: _Solved, xp: Namespace) -> _Solved:
+    """Finish elements all of whose eigenvalues of E are near 1: nothing is dropped, and Newton needs no purification.
+
+    A step of order 3 with R = I − E from split factors is the last; where R was too large for it, it is repeated.
+    """
+    n, eps = a.shape[-1], float(xp.finfo(a.dtype).eps)
+    eye = _identity(a, xp)
+    full = frobenius(eye - growth.e, xp) <= 1.2 * _GROWN * math.sqrt(n)
+    if not bool(xp.any(full & ~solved.accepted)):
+        return solved
+    enough = (eps / 4) ** (1 / 3)
+    # Full rank is proven by the residual below; until then the interval is what growth intends.
+    chosen = plan(1 - 1.2 * _GROWN, 1 + 1.2 * _GROWN, enough)
+    x, e = growth.x, growth.e
+    for k, step in enumerate(chosen.steps):
+        x = _apply(step, x, x @ a if k else e, xp)
+
+    def body(state: tuple) -> tuple:
+        x, passes, residual, running = state
+        r = -accurate_product(x, a, xp, minus=eye)
+        found = frobenius(r, xp)
+        x = xp.where(as_matrices(running), x + r @ (x + r @ x), x)
+        residual = xp.where(running, found, residual)
+        return x, passes + xp.astype(running, passes.dtype), residual, running & (found > math.sqrt(n) * 2 * enough)
+
+    zero = xp.zeros_like(solved.bound)
+    x, passes, residual, _ = _repeat(body, (x, zero, zero, zero == 0), 2, a, xp)
+    steps = len(growth.steps) + len(chosen.steps) + passes
+    products = growth.products + chosen.products - 1 + 5 * passes
+    bound = xp.full_like(zero, enough**3)
+    return _choose(_Solved(x, steps, products, bound, full & (residual <= 0.1)), solved, xp)
+
+
+def _repeat(body: Callable[[tuple], tuple], state: tuple, most: int, a: Array, xp: Namespace) -> tuple:
+    """state ← body(state), ``most`` times, or until its last entry is False everywhere where values can be seen."""
+    for _ in range(most):
+        state = body(state)
+        if not is_traced(a) and not bool(xp.any(state[-1])):
+            break
+    return state
+
+
+def _finish_certified(
+    growth: _Growth, a: Array, cutoff: Array, solved: _Solved, hermitian: bool, xp: Namespace
+) -> _Solved:
+    """Finish elements whose eigenvalues of E are near 0 or 1, if A − AXA proves that what was dropped is below the
+    cutoff."""
+    n = a.shape[-1]
+    gap = frobenius(growth.e - growth.e @ growth.e, xp) <= 1.2 * _GROWN * math.sqrt(n)
+    if not bool(xp.any(gap & ~solved.accepted)):
+        return solved
+    ends = xp.full_like(cutoff, 1.2 * _GROWN)
+    found = _purified(growth.x, growth, a, ends, xp)
+    e = accurate_product(found.x, a, xp)
+    certified = frobenius(accurate_product(a, e, xp, minus=a), xp) <= 0.5 * cutoff
+    found = found._replace(accepted=gap & certified)
+    if not bool(xp.any(found.accepted & ~solved.accepted)):
+        return solved
+    return _choose(_orthogonalised(found, a, hermitian, xp), solved, xp)
+
+
+def _finish_at_cutoff(
+    growth: _Growth, a: Array, at_cutoff: float, solved: _Solved, hermitian: bool, xp: Namespace
+) -> _Solved:
+    """Finish what is left, with the cutoff at E = ½."""
+    for step in growth.steps:
+        at_cutoff = step.follow(at_cutoff)
+    level = 0.5 / at_cutoff
+    ends = max(1 - level * (1 - _GROWN), level * growth.high - 1)
+    found = _purified(level * growth.x, growth, a, xp.full_like(solved.bound, ends), xp)
+    found = _orthogonalised(found._replace(accepted=solved.bound >= 0), a, hermitian, xp)
+    return _choose(found, solved, xp)
+
+
+def _purification_residual(r: Array) -> Array:
+    """What purification makes of r = 1 − e."""
+    return r**5 * (126 + r * (-420 + r * (540 + r * (-315 + r * 70))))
+
+
+def _purified(x: Array, growth: _Growth, a: Array, ends: Array, xp: Namespace) -> _Solved:
+    """X ← p(E)E⁻¹X per element until E² = E to rounding, then (3E − 2E²)X with E from split factors."""
+    eps = float(xp.finfo(x.dtype).eps)
+    enough = math.sqrt(eps) / 3
+    norm = frobenius(a, xp)
+
+    def body(state: tuple) -> tuple:
         x, ends, passes, running = state
         e = x @ a
         square = e @ e
-        # Below √eps/3 the pass now made leaves 3r² ≤ eps; below κ·eps there is nothing left to gain.
-        target = xp.maximum(eps * norm * frobenius(x, xp), xp.full_like(norm, math.sqrt(eps) / 3))
+        # Below √eps/3 the accurate pass leaves 3r² ≤ eps; below κ·eps there is nothing left to gain.
+        target = xp.maximum(eps * norm * frobenius(x, xp), xp.full_like(norm, enough))
+        running = running & ~(frobenius(e - square, xp) <= target)
+        x = xp.where(as_matrices(running), polynomial(e, _PURIFYING, xp, square=square) @ x, x)
+        ends = xp.where(running, _purification_residual(ends), ends)
+        return x, ends, passes + xp.astype(running, passes.dtype), running
+
+    def accurate(state: tuple) -> tuple:
+        x, ends, passes, running = state
+        e = accurate_product(x, a, xp)
+        square = e @ e
         residual = frobenius(e - square, xp)
         x = xp.where(as_matrices(running), (3 * e - 2 * square) @ x, x)
-        ends = xp.where(running, _purification(ends), ends)
-        return x, ends, passes + xp.astype(running, passes.dtype), running & ~(residual <= target)
+        # Eigenvalues with |e(1 − e)| ≤ ρ ≤ 0.1 are within 1.2ρ of 0 or 1.
+        ends = xp.where(residual <= 0.1, xp.minimum(ends, 1.2 * residual), ends)
+        ends = xp.where(running, ends * ends * (3 - 2 * ends), ends)
+        return x, ends, passes + xp.astype(running, passes.dtype), running & ~(residual <= enough)
 
-    passes = xp.zeros_like(norm)
-    x, ends, passes, _ = repeat(
-        body,
-        (x, ends, passes, passes == 0),
-        _PURIFICATIONS,
-        like=x,
-        done=lambda state: not bool(xp.any(state[-1])),
+    zero = xp.zeros_like(ends)
+    x, ends, passes, _ = _repeat(body, (x, ends, zero, zero == 0), _PURIFICATIONS, a, xp)
+    ends = xp.abs(ends)
+    x, ends, finest, _ = _repeat(accurate, (x, ends, zero, zero == 0), 3, a, xp)
+    steps = len(growth.steps) + passes + finest
+    products = growth.products + 1 + 5 * passes + 2 + 5 * finest
+    return _Solved(x, steps, products, ends, zero == 0)
+
+
+def _orthogonalised(found: _Solved, a: Array, hermitian: bool, xp: Namespace) -> _Solved:
+    """Remove what X has between a null space and a range.
+
+    Purification cannot: any X ← p(XA)X is neutral there. The orthogonal projectors onto the ranges of Aᴴ and A, from
+    EᴴE and FFᴴ with E = XA and F = AX, can; the non-Hermitian parts of E and F say whether they have to.
+    """
+    eps = float(xp.finfo(a.dtype).eps)
+    x = found.x
+    e = accurate_product(x, a, xp)
+    f = matrix_transpose_conj(e, xp) if hermitian else accurate_product(a, x, xp)
+    products = found.products + (3 if hermitian else 6) + 3
+    # Rounding of X alone makes E this much non-Hermitian.
+    unavoidable = eps * frobenius(x, xp) * frobenius(a, xp)
+    defects = [frobenius(t - matrix_transpose_conj(t, xp), xp) for t in (e, f)]
+    needed = xp.maximum(*defects) > unavoidable
+    if not is_traced(a) and not bool(xp.any(needed & found.accepted)):
+        return found._replace(products=products)
+    left = _projector(matrix_transpose_conj(e, xp) @ e, xp)
+    right = left if hermitian else _projector(f @ matrix_transpose_conj(f, xp), xp)
+    cleaned = left @ x @ right
+    e = accurate_product(cleaned, a, xp)
+    ex = e @ cleaned
+    cleaned = 3 * ex - 2 * (e @ ex)
+    spent = products + (11 if hermitian else 22) + 2 + 5
+    x = xp.where(as_matrices(needed), cleaned, x)
+    return found._replace(
+        x=x, steps=found.steps + xp.astype(needed, found.steps.dtype), products=xp.where(needed, spent, products)
     )
-    return x, passes, xp.max(xp.abs(ends), axis=0)
+
+
+def _projector(g: Array, xp: Namespace) -> Array:
+    """The orthogonal projector onto the range of Hermitian g with eigenvalues 0 or a little above 1."""
+    for _ in range(2):
+        g = polynomial(g, _PURIFYING, xp) @ g
+    square = g @ g
+    return 3 * square - 2 * (square @ g)

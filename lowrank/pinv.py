@@ -26,9 +26,18 @@ from lowrank._array import (
     real_dtype,
     stop_gradient,
 )
-from lowrank._newton import Work, as_matrices, finite_part, frobenius, hermitian_part, or_nan
-from lowrank._newton import scaled_newton as _scaled_newton
-from lowrank._newton import truncated as _truncated
+from lowrank._newton import (
+    Work,
+    as_matrices,
+    finite_part,
+    frobenius,
+    hermitian_part,
+    in_chunks,
+    or_nan,
+    scaled_newton,
+    square_pinv,
+)
+from lowrank._tall import tall_pinv
 
 # Relative cutoffs. Growing E from (σ/σ_max)² to ½ multiplies rounding in the null space by 1/(2 rtol²), and
 # that noise comes back through the next product at eps/rtol² · eps; the smallest cutoff keeps it below 1e-3.
@@ -150,8 +159,8 @@ def pinv_newton(
         a = xp.astype(a, xp.float32)
     if rtol is None:
         rtol = _DEFAULT_RTOL[_precision(a, xp)]
-    elif method == "newton" and steps is None:
-        _check_reachable(rtol, _precision(a, xp))
+    elif method == "newton":
+        rtol = max(rtol, _SMALLEST_RTOL[_precision(a, xp)])
 
     with arithmetic(a):
         if a.shape[-1] == 0 or a.shape[-2] == 0:
@@ -164,11 +173,11 @@ def pinv_newton(
                 if method == "direct":
                     solve = partial(_direct, rtol=rtol, hermitian=hermitian, ridge=ridge, xp=xp)
                 elif ridge > 0:
-                    solve = partial(_scaled_newton, ridge=ridge, xp=xp)
+                    solve = partial(scaled_newton, ridge=ridge, xp=xp)
                 else:
                     solve = partial(_truncated, rtol=rtol, hermitian=hermitian, xp=xp)
                 p = hermitian_part(p, xp) if hermitian else p
-                x, work = _differentiable(solve, p, full_rank=ridge > 0, xp=xp)
+                x, work = _differentiable(partial(in_chunks, solve, xp=xp), p, full_rank=ridge > 0, xp=xp)
                 if hermitian:
                     valid = work.valid & _is_hermitian(a, given.dtype, xp)
                     x, work = or_nan(valid, x, xp), work._replace(valid=valid)
@@ -188,8 +197,8 @@ def _check_options(a, rtol, hermitian, ridge, alpha, steps, method) -> None:
         raise ValueError(f"ridge must be a finite number >= 0, not {ridge!r}")
     if ridge > 0 and not hermitian:
         raise ValueError(f"ridge={ridge!r} declares a positive semidefinite; pass hermitian=True as well")
-    if rtol is not None and not (isinstance(rtol, (int, float, np.number)) and 0 < rtol < 1):
-        raise ValueError(f"rtol must be a number between 0 and 1, not {rtol!r}")
+    if rtol is not None and not (isinstance(rtol, (int, float, np.number)) and 0 <= rtol < 1):
+        raise ValueError(f"rtol must be a number in [0, 1), not {rtol!r}")
     if rtol is not None and (steps is not None or ridge > 0):
         raise ValueError(
             f"rtol={rtol!r} has no meaning with {'steps' if steps is not None else 'ridge > 0'}; leave it out"
@@ -211,14 +220,6 @@ def _check_options(a, rtol, hermitian, ridge, alpha, steps, method) -> None:
             fits = False
         if not fits:
             raise ValueError(f"alpha has shape {alpha_shape}, which does not broadcast to the batch {shape[:-2]} of a")
-
-
-def _check_reachable(rtol: float, precision: str) -> None:
-    if rtol < _SMALLEST_RTOL[precision]:
-        raise ValueError(
-            f"rtol={rtol!r} is below {_SMALLEST_RTOL[precision]}, the smallest cutoff matrix products resolve "
-            f"in {precision}; raise it or use method='direct'"
-        )
 
 
 def _precision(a: Array, xp: Namespace) -> str:
@@ -273,6 +274,27 @@ def _textbook(p: Array, *, steps: int, alpha: Any, ridge: float, xp: Namespace) 
     zero = stop_gradient(xp.zeros_like(worst))
     work = Work(zero + steps, zero + 2 * steps, stop_gradient(worst ** (2.0**steps)), zero, finite)
     return or_nan(finite, x, xp), work
+
+
+def _truncated(a: Array, *, rtol: float, hermitian: bool, xp: Namespace) -> tuple[Array, Work]:
+    """The pseudoinverse with singular values up to rtol·σ_max dropped, of matrices of any shape and scale."""
+    m, n = a.shape[-2:]
+    if m < n:
+        x, work = _truncated(matrix_transpose_conj(a, xp), rtol=rtol, hermitian=False, xp=xp)
+        return matrix_transpose_conj(x, xp), work
+    finite = xp.all(xp.isfinite(a), axis=(-2, -1))
+    largest = xp.max(xp.abs(a), axis=(-2, -1))
+    # The power of two nearest the largest entry, by which division is exact.
+    scale = 2.0 ** xp.round(xp.log2(xp.where(finite & (largest > 0), largest, xp.ones_like(largest))))
+    scale = as_matrices(scale)
+    if m > n:
+        x, work = tall_pinv(a, scale=scale, finite=finite, rtol=rtol, xp=xp)
+    else:
+        a = xp.where(as_matrices(finite), a / scale, xp.zeros_like(a))
+        x, work = square_pinv(a, rtol=rtol, definite=False, hermitian=hermitian, xp=xp)
+        x = hermitian_part(x, xp) if hermitian else x
+    work = work._replace(cutoff=work.cutoff * scale[..., 0, 0], valid=finite)
+    return or_nan(finite, x / scale, xp), work
 
 
 def _direct(p: Array, *, rtol: float, hermitian: bool, ridge: float, xp: Namespace) -> tuple[Array, Work]:

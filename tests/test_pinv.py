@@ -446,7 +446,8 @@ def test_traced_info_is_an_array_pytree():
         assert np.allclose(traced[0], eager[0], rtol=0, atol=1e-6 * np.abs(eager[0]).max())
         assert np.array_equal(traced[1].rank, eager[1].rank)
         assert np.array_equal(traced[1].finite, eager[1].finite)
-        assert np.all(traced[1].steps <= eager[1].steps + 1)
+        # Compiled, the schedule is that of the worst case; eagerly it ends when every element is certified.
+        assert np.all(traced[1].steps >= eager[1].steps)
 
 
 def test_jax_without_x64():
@@ -490,9 +491,10 @@ def test_accurate_product_beats_working_precision(xp: Backend):
         (np.eye(3), {"ridge": -1.0, "hermitian": True}, ValueError, "ridge must be a finite number >= 0, not -1.0"),
         (np.eye(3), {"ridge": np.nan, "hermitian": True}, ValueError, "ridge must be a finite number"),
         (np.eye(3), {"ridge": 0.1}, ValueError, "pass hermitian=True"),
-        (np.eye(3), {"rtol": 2.0}, ValueError, "between 0 and 1, not 2.0"),
-        (np.eye(3), {"rtol": 1e-15}, ValueError, "below 1e-12, .* method='direct'"),
-        (np.eye(3, dtype=np.float32), {"rtol": 1e-8}, ValueError, "below 1e-06"),
+        (np.eye(3), {"rtol": 2.0}, ValueError, r"in \[0, 1\), not 2.0"),
+        (np.eye(3), {"rtol": 1.0}, ValueError, r"in \[0, 1\), not 1.0"),
+        (np.eye(3), {"rtol": -1e-9}, ValueError, r"in \[0, 1\), not -1e-09"),
+        (np.eye(3), {"rtol": np.nan}, ValueError, r"in \[0, 1\), not nan"),
         (np.eye(3), {"rtol": 0.1, "steps": 3}, ValueError, "no meaning with steps"),
         (np.eye(3), {"rtol": 0.1, "hermitian": True, "ridge": 1.0}, ValueError, "no meaning with ridge"),
         (np.eye(3), {"steps": -1}, ValueError, "steps must be an integer >= 0, not -1"),
