@@ -21,7 +21,9 @@ def _leading_bits(a: Array, axis: int, bits: int, xp: Namespace) -> Array:
         largest = xp.max(xp.abs(part), axis=axis, keepdims=True)
         largest = xp.where(largest > 0, largest, xp.ones_like(largest))
         sigma = 1.5 * 2.0 ** (xp.ceil(xp.log2(largest)) + (digits - bits))
-        leading.append((part + sigma) - sigma)
+        rounded = part + sigma
+        rounded -= sigma
+        leading.append(rounded)
     return leading[0] if len(parts) == 1 else xp.astype(leading[0], a.dtype) + 1j * xp.astype(leading[1], a.dtype)
 
 
@@ -34,13 +36,17 @@ def split_product(a: Array, b: Array, xp: Namespace) -> tuple[Array, Array]:
     digits = 1 - round(math.log2(float(xp.finfo(a.dtype).eps)))
     bits = (digits - math.ceil(math.log2(terms)) - 1) // 2
     a_lead, b_lead = _leading_bits(a, -1, bits, xp), _leading_bits(b, -2, bits, xp)
-    return a_lead @ b_lead, a_lead @ (b - b_lead) + (a - a_lead) @ b
+    rest = a_lead @ (b - b_lead)
+    rest += (a - a_lead) @ b
+    return a_lead @ b_lead, rest
 
 
 def accurate_product(a: Array, b: Array, xp: Namespace, *, minus: Array | float = 0.0) -> Array:
     """a @ b − minus with an error near eps·|ab − minus| instead of eps·|a||b|, in three products."""
     exact, remainder = split_product(a, b, xp)
-    return (exact - minus) + remainder
+    exact -= minus
+    exact += remainder
+    return exact
 
 
 def accurate_sum(x: Array, y: Array) -> tuple[Array, Array]:

@@ -206,3 +206,22 @@ def is_on_cpu(x: Array) -> bool:
 def add_scaled(x: Array, y: Array, alpha: float, xp: Namespace) -> Array:
     """x + αy, in one pass where the library has it."""
     return xp.add(x, y, alpha=alpha) if compat.is_torch_array(x) else x + alpha * y
+
+
+def accumulate(x: Array, y: Array, alpha: float) -> Array:
+    """x + αy in the memory of x, which is the caller's own, where the library writes to arrays."""
+    if compat.is_torch_array(x):
+        return x.add_(y, alpha=alpha)
+    x += alpha * y
+    return x
+
+
+def add_to_diagonal(x: Array, alpha: float, xp: Namespace) -> Array:
+    """x + αI in the memory of x, which is the caller's own, where the library writes to arrays."""
+    if compat.is_torch_array(x):
+        x.diagonal(dim1=-2, dim2=-1).add_(alpha)
+    elif compat.is_numpy_array(x):
+        np.einsum("...ii->...i", x)[...] += alpha
+    else:
+        x += alpha * xp.eye(x.shape[-1], dtype=x.dtype, device=device(x))
+    return x

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import array_api_compat as compat
 import numpy as np
 
-from lowrank._array import Array, Namespace, arithmetic
-from lowrank._array import matrix_transpose_conj as _h
+from lowrank._array import Array, Namespace
+from lowrank._differentials import differential, distance_differential
 
 
 def pseudoinverse(solve: Callable, p: Array, *, full_rank: bool, xp: Namespace) -> tuple:
@@ -30,69 +30,14 @@ def pseudoinverse(solve: Callable, p: Array, *, full_rank: bool, xp: Namespace) 
     the first terms are left. Both are products of A and X, so that they differentiate again. The figures
     are arrays without a derivative. Returns (X, *figures).
     """
-    rule = _torch_pseudoinverse() if compat.is_torch_array(p) else _jax_pseudoinverse
-    return rule(p, solve, full_rank)
+    if compat.is_torch_array(p):
+        import torch
 
+        from lowrank._torch_rules import Pseudoinverse, ReversePseudoinverse
 
-def _differential(a: Array, x: Array, da: Array, full_rank: bool, xp: Namespace) -> Array:
-    if full_rank:
-        return -(x @ da @ x)
-    if a.shape[-2] < a.shape[-1]:
-        return _h(_differential(_h(a, xp), _h(x, xp), _h(da, xp), full_rank, xp), xp)
-    # Ordered so that no product is larger than n × n beside the tall matrices themselves.
-    da_h, e = _h(da, xp), x @ a
-    right = (x @ _h(x, xp)) @ (da_h - (da_h @ a) @ x)
-    left = (da_h @ _h(x, xp)) @ x
-    return -((x @ da) @ x) + right + (left - e @ left)
-
-
-def _cotangent(a: Array, x: Array, g: Array, full_rank: bool, xp: Namespace) -> Array:
-    if full_rank:
-        return -(_h(x, xp) @ g @ _h(x, xp))
-    if a.shape[-2] < a.shape[-1]:
-        return _h(_cotangent(_h(a, xp), _h(x, xp), _h(g, xp), full_rank, xp), xp)
-    g_h, x_h, e = _h(g, xp), _h(x, xp), x @ a
-    xg = x @ g_h
-    return -(x_h @ (g @ x_h)) + (g_h - a @ xg) @ (x @ x_h) + x_h @ (xg - xg @ e)
-
-
-@functools.cache
-def _torch_pseudoinverse() -> Callable:
-    import array_api_compat.torch as xp
-    import torch
-
-    class Pseudoinverse(torch.autograd.Function):
-        @staticmethod
-        def forward(p, solve, full_rank):
-            x, figures = solve(p)
-            return x, *figures
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            p, _, ctx.full_rank = inputs
-            x, *figures = output
-            ctx.mark_non_differentiable(*figures)
-            ctx.save_for_backward(p, x)
-            ctx.save_for_forward(p, x)
-
-        @staticmethod
-        def backward(ctx, g, *_):
-            p, x = ctx.saved_tensors
-            with arithmetic(p):
-                return _cotangent(p, x, g, ctx.full_rank, xp), None, None
-
-        @staticmethod
-        def jvp(ctx, dp, *_):
-            p, x = ctx.saved_tensors
-            with arithmetic(p):
-                return _differential(p, x, dp, ctx.full_rank, xp), *[None] * 5
-
-        @staticmethod
-        def vmap(info, in_dims, p, solve, full_rank):
-            results = Pseudoinverse.apply(p.movedim(in_dims[0], 0), solve, full_rank)
-            return results, (0,) * len(results)
-
-    return Pseudoinverse.apply
+        rule = ReversePseudoinverse if torch.compiler.is_compiling() else Pseudoinverse
+        return rule.apply(p, solve, full_rank)
+    return _jax_pseudoinverse(p, solve, full_rank)
 
 
 def _jax_pseudoinverse(p: Array, solve: Callable, full_rank: bool) -> tuple:
@@ -107,7 +52,7 @@ def _jax_pseudoinverse(p: Array, solve: Callable, full_rank: bool) -> tuple:
     def _(primals, tangents):
         (p,), (dp,) = primals, tangents
         x, *figures = apply(p)
-        dx = _differential(p, x, dp, full_rank, jax.numpy)
+        dx = differential(p, x, dp, full_rank, jax.numpy)
         return (x, *figures), (dx, *(_jax_no_tangent(f) for f in figures))
 
     return apply(p)
@@ -142,73 +87,9 @@ def squared_distances(choose: Callable, x: Array, y: Array, s: Array, c: Array, 
     # The compiler differentiates the sums itself, and recomputes what it would otherwise keep.
     if torch.compiler.is_compiling():
         return choose(x, y, s, c, xp)(x, y, s, c, xp)
-    return _torch_squared_distances()(choose, x, y, s, c)
+    from lowrank._torch_rules import SquaredDistances
 
-
-def _distance_differential(x, y, s, c, dx, dy, ds, xp: Namespace) -> Array:
-    u, v = (x - c) * s, (y - c) * s
-    du, dv = dx * s + (x - c) * ds, dy * s + (y - c) * ds
-    rows, columns = xp.sum(u * du, axis=-1)[..., :, None], xp.sum(v * dv, axis=-1)[..., None, :]
-    return 2 * (rows + columns - du @ v.mT - u @ dv.mT)
-
-
-def _distance_cotangent(u: Array, v: Array, g: Array, xp: Namespace) -> Array:
-    """ū; and v̄ with the roles exchanged and G transposed."""
-    return 2 * (u * xp.sum(g, axis=-1, keepdims=True) - g @ v)
-
-
-@functools.cache
-def _torch_squared_distances() -> Callable:
-    import array_api_compat.torch as xp
-    import torch
-
-    class SquaredDistances(torch.autograd.Function):
-        @staticmethod
-        def forward(choose, x, y, s, c):
-            # The choice is made here, where under torch.func.vmap the values are at hand.
-            return choose(x, y, s, c, xp)(x, y, s, c, xp)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs[1:])
-            ctx.save_for_forward(*inputs[1:])
-
-        @staticmethod
-        def backward(ctx, g):
-            x, y, s, c = ctx.saved_tensors
-            _, wants_x, wants_y, wants_s, _ = ctx.needs_input_grad
-            x_bar = y_bar = s_bar = None
-            with arithmetic(x):
-                u, v = (x - c) * s, (y - c) * s
-                if wants_x or wants_s:
-                    u_bar = _distance_cotangent(u, v, g, xp)
-                    x_bar = (u_bar * s).sum_to_size(x.shape)
-                if wants_y or wants_s:
-                    v_bar = _distance_cotangent(v, u, g.mT, xp)
-                    y_bar = (v_bar * s).sum_to_size(y.shape)
-                if wants_s:
-                    s_bar = (u_bar * (x - c)).sum_to_size(s.shape) + (v_bar * (y - c)).sum_to_size(s.shape)
-            return None, x_bar, y_bar, s_bar, None
-
-        @staticmethod
-        def jvp(ctx, _, dx, dy, ds, dc):
-            x, y, s, c = ctx.saved_tensors
-            with arithmetic(x):
-                return _distance_differential(x, y, s, c, dx, dy, ds, xp)
-
-        @staticmethod
-        def vmap(info, in_dims, choose, *arrays):
-            # The function is batched as it stands: the mapped axis becomes the first of the leading axes, which
-            # broadcast from the right, so that an array with fewer of them needs axes of length one after it.
-            ranks = [a.ndim - (dim is not None) for a, dim in zip(arrays, in_dims[1:], strict=True)]
-            moved = [
-                a if dim is None else a.movedim(dim, 0).reshape(info.batch_size, *[1] * (max(ranks) - rank), *shape)
-                for a, dim, rank in zip(arrays, in_dims[1:], ranks, strict=True)
-                for shape in [[k for i, k in enumerate(a.shape) if i != dim]]
-            ]
-            return SquaredDistances.apply(choose, *moved), 0
-
-    return SquaredDistances.apply
+    return SquaredDistances.apply(choose, x, y, s, c)
 
 
 @functools.cache
@@ -223,6 +104,6 @@ def _jax_squared_distances() -> Callable:
     def _(distances, primals, tangents):
         x, y, s, c = primals
         dx, dy, ds, _ = tangents
-        return rule(distances, x, y, s, c), _distance_differential(x, y, s, c, dx, dy, ds, jax.numpy)
+        return rule(distances, x, y, s, c), distance_differential(x, y, s, c, dx, dy, ds, jax.numpy)
 
     return jax.jit(rule, static_argnums=0)

@@ -18,7 +18,7 @@ from lowrank._newton import Work, as_matrices, frobenius, polynomial, square_pin
 _BLOCK = 1 << 18
 # The polish starts from an error κ(A)²·eps of this size at the most, and a step of order 9 ends it.
 _POLISHED = 0.02
-_POLISHING = (1.0,) * 9
+_POLISHING = (0.0, *(1.0,) * 8)
 _POLISHING_PRODUCTS = 4
 
 
@@ -35,6 +35,7 @@ def tall_pinv(a: Array, *, scale: Array, finite: Array, rtol: float, xp: Namespa
         return x, work
     full = work.valid
     y, other = _by_qr(blocks.whole(), rtol, xp)
+    other = other._replace(products=other.products + work.products)
     chosen = (xp.where(full, f, g) for f, g in zip(work, other, strict=True))
     return xp.where(as_matrices(full), x, y), Work(*chosen)
 
@@ -99,4 +100,4 @@ def _by_gram(rows: _Rows, rtol: float, xp: Namespace) -> tuple[Array, Work]:
 def _by_qr(a: Array, rtol: float, xp: Namespace) -> tuple[Array, Work]:
     q, r = xp.linalg.qr(a)
     x, work = square_pinv(r, rtol=rtol, definite=False, hermitian=False, xp=xp)
-    return x @ matrix_transpose_conj(q, xp), work
+    return x @ matrix_transpose_conj(q, xp), work._replace(products=work.products + 1)

@@ -9,18 +9,22 @@ library's own factorisations as the alternative, the derivative's place and the 
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lowrank import _fused
 from lowrank._array import (
     Array,
     Namespace,
     arithmetic,
+    carries_derivative,
     device,
     has_derivative,
     is_half,
+    is_traced,
     matrix_transpose_conj,
     namespace,
     real_dtype,
@@ -166,23 +170,24 @@ def pinv_newton(
         if a.shape[-1] == 0 or a.shape[-2] == 0:
             x, work = xp.matrix_transpose(a), _nothing_to_do(a, xp)
         else:
-            p = a + ridge * xp.eye(a.shape[-1], dtype=a.dtype, device=device(a)) if ridge > 0 else a
+            if hermitian:
+                declared, a = _checked_hermitian(a, given.dtype, xp)
             if steps is not None:
-                x, work = _textbook(p, steps=steps, alpha=alpha, ridge=ridge, xp=xp)
+                x, work = _textbook(a, steps=steps, alpha=alpha, ridge=ridge, xp=xp)
             else:
                 if method == "direct":
                     solve = partial(_direct, rtol=rtol, hermitian=hermitian, ridge=ridge, xp=xp)
                 elif ridge > 0:
-                    solve = partial(scaled_newton, ridge=ridge, xp=xp)
+                    solve = partial(_with_ridge, ridge=ridge, xp=xp)
                 else:
                     solve = partial(_truncated, rtol=rtol, hermitian=hermitian, xp=xp)
-                p = hermitian_part(p, xp) if hermitian else p
-                x, work = _differentiable(partial(in_chunks, solve, xp=xp), p, full_rank=ridge > 0, xp=xp)
+                x, work = _differentiable(solve, a, full_rank=ridge > 0, xp=xp)
+                if ridge == 0 and carries_derivative(a) and not is_traced(a):
+                    _warn_unless_idempotent(stop_gradient(a), stop_gradient(x), xp)
                 if hermitian:
-                    valid = work.valid & _is_hermitian(a, given.dtype, xp)
+                    valid = work.valid & declared
                     x, work = or_nan(valid, x, xp), work._replace(valid=valid)
-            a = p
-        info = _certificate(stop_gradient(a), stop_gradient(x), work, xp) if return_info else None
+        info = _certificate(stop_gradient(a), stop_gradient(x), work, ridge, xp) if return_info else None
     x = xp.astype(x, given.dtype) if is_half(given) else x
     return x if info is None else (x, info)
 
@@ -226,14 +231,16 @@ def _precision(a: Array, xp: Namespace) -> str:
     return "float32" if real_dtype(a, xp) == xp.float32 else "float64"
 
 
-def _is_hermitian(a: Array, given_dtype: Any, xp: Namespace) -> Array:
-    """Whether a and aᴴ differ by no more than rounding could explain: √eps of the dtype given, in the largest entry.
+def _checked_hermitian(a: Array, given_dtype: Any, xp: Namespace) -> tuple[Array, Array]:
+    """Whether a and aᴴ differ by no more than rounding could explain, √eps of the dtype given in the largest entry,
+    and the Hermitian part of a.
 
     (A Frobenius norm would overflow or vanish at scales where the entries do not.)
     """
     tolerance = math.sqrt(float(xp.finfo(given_dtype).eps))
     gap, size = (xp.max(xp.abs(t), axis=(-2, -1)) for t in (a - matrix_transpose_conj(a, xp), a))
-    return gap <= tolerance * size
+    exact = not (is_traced(a) or carries_derivative(a)) and bool(xp.all(gap == 0))
+    return gap <= tolerance * size, a if exact else hermitian_part(a, xp)
 
 
 def _differentiable(solve, p: Array, *, full_rank: bool, xp: Namespace) -> tuple[Array, Work]:
@@ -246,6 +253,18 @@ def _differentiable(solve, p: Array, *, full_rank: bool, xp: Namespace) -> tuple
     return x, Work(*work)
 
 
+def _warn_unless_idempotent(a: Array, x: Array, xp: Namespace) -> None:
+    """The derivative is that of constant rank, which E = E² certifies."""
+    e = x @ a if a.shape[-1] <= a.shape[-2] else a @ x
+    if bool(xp.any(frobenius(e - e @ e, xp) > 0.1)):
+        warnings.warn(
+            "a singular value lies at the cutoff of pinv_newton, so that the rank is undecided and the derivative is "
+            "wrong there; choose another rtol, or steps= to differentiate the iteration",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _nothing_to_do(a: Array, xp: Namespace) -> Work:
     zero = xp.zeros(a.shape[:-2], dtype=real_dtype(a, xp), device=device(a))
     return Work(zero, zero, zero, zero, zero == 0)
@@ -254,6 +273,7 @@ def _nothing_to_do(a: Array, xp: Namespace) -> Work:
 def _textbook(p: Array, *, steps: int, alpha: Any, ridge: float, xp: Namespace) -> tuple[Array, Work]:
     """X₀ = α Pᴴ, X ← 2X − XPX (Lu et al., NeurIPS 2021, eq. 9), differentiable step by step."""
     finite, p = finite_part(p, xp)
+    p = p + ridge * xp.eye(p.shape[-1], dtype=p.dtype, device=device(p)) if ridge > 0 else p
     magnitude = xp.abs(p)
     one_norm = xp.max(xp.sum(magnitude, axis=-2), axis=-1)
     inf_norm = xp.max(xp.sum(magnitude, axis=-1), axis=-1)
@@ -276,6 +296,13 @@ def _textbook(p: Array, *, steps: int, alpha: Any, ridge: float, xp: Namespace) 
     return or_nan(finite, x, xp), work
 
 
+def _with_ridge(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work]:
+    """(A + ridge·I)⁻¹ by the fused kernel where it applies, else by the plain path."""
+    if _fused.applies(a, ridge=ridge, xp=xp):
+        return _fused.scaled_newton(a, ridge=ridge, xp=xp)
+    return in_chunks(partial(scaled_newton, ridge=ridge, xp=xp), a, xp)
+
+
 def _truncated(a: Array, *, rtol: float, hermitian: bool, xp: Namespace) -> tuple[Array, Work]:
     """The pseudoinverse with singular values up to rtol·σ_max dropped, of matrices of any shape and scale."""
     m, n = a.shape[-2:]
@@ -291,7 +318,8 @@ def _truncated(a: Array, *, rtol: float, hermitian: bool, xp: Namespace) -> tupl
         x, work = tall_pinv(a, scale=scale, finite=finite, rtol=rtol, xp=xp)
     else:
         a = xp.where(as_matrices(finite), a / scale, xp.zeros_like(a))
-        x, work = square_pinv(a, rtol=rtol, definite=False, hermitian=hermitian, xp=xp)
+        square = partial(square_pinv, rtol=rtol, definite=False, hermitian=hermitian, xp=xp)
+        x, work = in_chunks(square, a, xp)
         x = hermitian_part(x, xp) if hermitian else x
     work = work._replace(cutoff=work.cutoff * scale[..., 0, 0], valid=finite)
     return or_nan(finite, x / scale, xp), work
@@ -300,6 +328,7 @@ def _truncated(a: Array, *, rtol: float, hermitian: bool, xp: Namespace) -> tupl
 def _direct(p: Array, *, rtol: float, hermitian: bool, ridge: float, xp: Namespace) -> tuple[Array, Work]:
     """The same truncated pseudoinverse from the library's own eigh or SVD."""
     valid, p = finite_part(p, xp)
+    p = p + ridge * xp.eye(p.shape[-1], dtype=p.dtype, device=device(p)) if ridge > 0 else p
     if hermitian:
         values, right = xp.linalg.eigh(p)
         left_h, magnitude = matrix_transpose_conj(right, xp), xp.abs(values)
@@ -322,10 +351,11 @@ def _direct(p: Array, *, rtol: float, hermitian: bool, ridge: float, xp: Namespa
     return or_nan(valid, hermitian_part(x, xp) if hermitian else x, xp), work
 
 
-def _certificate(a: Array, x: Array, work: Work, xp: Namespace) -> PinvInfo:
+def _certificate(a: Array, x: Array, work: Work, ridge: float, xp: Namespace) -> PinvInfo:
     """The measured half of PinvInfo, from E on the smaller side, which has the same trace and residual."""
     finite, _ = finite_part(a, xp)
     e = x @ a if a.shape[-1] <= a.shape[-2] else a @ x
+    e = e + ridge * x if ridge > 0 else e
     nan, inf = (xp.full_like(work.bound, v) for v in (math.nan, math.inf))
     residual = xp.where(work.valid, frobenius(e - e @ e, xp), xp.where(finite, inf, nan))
     trace = xp.where(work.valid, xp.real(xp.linalg.trace(e)), -xp.ones_like(residual))

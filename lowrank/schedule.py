@@ -11,16 +11,33 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 # Matrix products of a step of order d: one for E, one for S·X, and those that S takes (see _newton.polynomial).
-_PRODUCTS = {2: 2, 3: 3, 5: 4, 9: 5}
+PRODUCTS = {2: 2, 3: 3, 5: 4, 9: 5}
 # No step folds the large eigenvalues of E below this. Folded to rounding level they could change sign and never come
 # back; it takes one per cent off the growth of the small ones.
 _FLOOR = 0.03
+# What newton_schedule takes: squares of conditions that do not overflow, and bounds that differ from 0 when rounded.
+_LARGEST, _SMALLEST = 1e100, 1e-15
+
+
+def remembered(function: Callable) -> Callable:
+    """Compute once per argument. (Not functools.cache, which torch's compiler looks behind.)"""
+    known: dict = {}
+
+    @functools.wraps(function)
+    def recalled(*arguments: Any) -> Any:
+        if arguments not in known:
+            if len(known) >= 4096:
+                known.clear()
+            known[arguments] = function(*arguments)
+        return known[arguments]
+
+    return recalled
 
 
 class Step(NamedTuple):
@@ -31,8 +48,10 @@ class Step(NamedTuple):
 
     def follow(self, e: float) -> float:
         """What the step makes of an eigenvalue e of E."""
-        r = 1 - self.scale * e
-        return self.scale * e * float(np.polynomial.polynomial.polyval(r, self.coefficients))
+        r, s = 1 - self.scale * e, 0.0
+        for c in reversed(self.coefficients):
+            s = s * r + c
+        return self.scale * e * s
 
 
 class Plan(NamedTuple):
@@ -80,7 +99,7 @@ def newton_schedule(condition: float, /, *, tolerance: float = 1e-6, definite: b
     condition : float
         κ ≥ 1, the ratio of the largest to the smallest singular value of A.
     tolerance : float
-        Bound to reach, in (0, 1).
+        Bound to reach, from 1e-15 to 1.
     definite : bool
         A is Hermitian positive definite and the start is a multiple of I: ε₀ = (κ − 1)/(κ + 1), and the first
         step takes two products less. Otherwise the start is a multiple of Aᴴ, with κ² in place of κ.
@@ -92,7 +111,7 @@ def newton_schedule(condition: float, /, *, tolerance: float = 1e-6, definite: b
     Raises
     ------
     ValueError
-        If ``condition`` is below 1 or not finite, or ``tolerance`` is not between 0 and 1.
+        If ``condition`` is below 1 or above 1e100, or ``tolerance`` is not between 1e-15 and 1.
 
     Examples
     --------
@@ -101,22 +120,22 @@ def newton_schedule(condition: float, /, *, tolerance: float = 1e-6, definite: b
     >>> schedule.orders, schedule.products[-1]
     ((9, 9, 9), 13)
     """
-    if not (math.isfinite(condition) and condition >= 1):
-        raise ValueError(f"condition must be a finite number >= 1, not {condition!r}")
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must be between 0 and 1, not {tolerance!r}")
+    if not 1 <= condition <= _LARGEST:
+        raise ValueError(f"condition must be a number from 1 to {_LARGEST:g}, not {condition!r}")
+    if not _SMALLEST <= tolerance < 1:
+        raise ValueError(f"tolerance must be a number from {_SMALLEST:g} to 1, not {tolerance!r}")
     low = 1 / condition if definite else 1 / condition**2
-    chosen = plan(low, 1.0, tolerance)
     bounds, spent = [(1 - low) / (1 + low)], [0]
+    chosen = plan(low, 1.0, tolerance) if bounds[0] > tolerance else Plan((), low, 1.0, 0)
     interval = (low, 1.0)
     for step in chosen.steps:
-        interval = _advance(step, len(step.coefficients), *interval)
+        interval = advance(step, *interval)
         bounds.append(max(1 - interval[0], interval[1] - 1))
-        spent.append(spent[-1] + _PRODUCTS[len(step.coefficients)] - 2 * (definite and len(spent) == 1))
+        spent.append(spent[-1] + PRODUCTS[len(step.coefficients)] - 2 * (definite and len(spent) == 1))
     return NewtonSchedule(tuple(len(s.coefficients) for s in chosen.steps), tuple(bounds), tuple(spent))
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def plan(low: float, high: float, tolerance: float) -> Plan:
     """The steps of fewest products from [low, high] into [1 − tolerance, 1 + tolerance]."""
     if max(1 - low, high - 1) <= tolerance:
@@ -131,13 +150,13 @@ def plan(low: float, high: float, tolerance: float) -> Plan:
     raise AssertionError(f"no schedule from [{low}, {high}] to {tolerance}")
 
 
-@functools.lru_cache
+@remembered
 def _compositions(longest: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """Non-increasing sequences of orders, with their products, cheapest first."""
     found = []
     for nines, fives, threes, twos in itertools.product(range(longest + 1), range(3), range(4), range(3)):
         orders = (9,) * nines + (5,) * fives + (3,) * threes + (2,) * twos
-        found.append((sum(_PRODUCTS[d] for d in orders), orders))
+        found.append((sum(PRODUCTS[d] for d in orders), orders))
     return tuple(sorted((f for f in found if f[1]), key=lambda f: (f[0], -math.prod(f[1]))))
 
 
@@ -145,12 +164,13 @@ def _run(orders: tuple[int, ...], low: float, high: float) -> Plan:
     steps = []
     for d in orders:
         steps.append(chebyshev_step(d, low, high))
-        low, high = _advance(steps[-1], d, low, high)
+        low, high = advance(steps[-1], low, high)
     return Plan(tuple(steps), low, high, 0)
 
 
-def _advance(step: Step, d: int, low: float, high: float) -> tuple[float, float]:
+def advance(step: Step, low: float, high: float) -> tuple[float, float]:
     """The interval that a step leads [low, high] into."""
+    d = len(step.coefficients)
     ripple = 1 / math.cosh(d * _safe_acosh(d, low, high))
     return min(step.follow(low), 1 - ripple), 1 + ripple
 
@@ -167,7 +187,7 @@ def _safe_acosh(d: int, low: float, high: float) -> float:
     return max(_acosh_of_inverse(low, high), math.acosh(1 / (1 - _FLOOR)) / d)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def chebyshev_step(d: int, low: float, high: float) -> Step:
     """The step that makes of R = I − scale·E, eigenvalues in [−ε, ε], the residual T_d(R/ε)/T_d(1/ε).
 

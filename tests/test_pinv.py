@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from fractions import Fraction
 
 import jax
@@ -73,6 +74,49 @@ def check_spectrum(case, real, complex_) -> None:
     assert info.residual <= tolerance * np.sqrt(n)
 
 
+def random_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float, int]:
+    """A matrix, its exact pseudoinverse, the condition of what is kept and the rank.
+
+    Sometimes the spectrum goes on below the cutoff, at least ten times lower.
+    """
+    single, is_complex = rng.random() < 0.5, rng.random() < 0.3
+    dtype = np.dtype([[np.float64, np.complex128], [np.float32, np.complex64]][int(single)][int(is_complex)])
+    cutoff = 1e-5 if single else 1e-11
+    m, n = rng.integers(1, 33, 2)
+    rank = int(rng.integers(1, min(m, n) + 1))
+    lowest = rng.uniform(0, -np.log10(cutoff) - 0.5)
+    sigma = [
+        lambda: np.logspace(0, -lowest, rank),
+        lambda: 10.0 ** -rng.uniform(0, lowest, rank),
+        lambda: np.where(rng.random(rank) < 0.5, 1.0, 10.0**-lowest),
+        lambda: np.linspace(1, 10.0**-lowest, rank),
+    ][rng.integers(4)]()
+    sigma = np.sort(sigma / sigma.max())[::-1]
+    kappa = float(sigma[0] / sigma[-1])
+    a, exact = from_spectrum(sigma, m, n, seed=int(rng.integers(1 << 30)), complex_=is_complex, dtype=dtype)
+    if rng.random() < 0.2 and rank < min(m, n):
+        # Everything from a tenth of the last kept value, and no more than a third of the cutoff, downwards.
+        head = min(sigma[-1] / 10, cutoff / 3)
+        tail = np.concatenate([sigma, head * np.logspace(0, -3, min(m, n) - rank)])
+        wide = np.complex128 if is_complex else np.float64
+        u, s, vh = np.linalg.svd(from_spectrum(tail, m, n, complex_=is_complex, dtype=wide)[0], full_matrices=False)
+        a, exact = ((u * s) @ vh).astype(dtype), (adjoint(vh)[:, :rank] / s[:rank]) @ adjoint(u[:, :rank])
+    scale = 10.0 ** int(rng.integers(-12, 13))
+    return (a * scale).astype(dtype), exact / scale, kappa, rank
+
+
+def test_ten_thousand_matrices():
+    """No error beyond 50·κ·eps against the factors that the matrix was made of, and no bound exceeded."""
+    rng = np.random.default_rng(0)
+    for _ in range(10_000):
+        a, exact, kappa, rank = random_case(rng)
+        eps = np.finfo(a.dtype).eps
+        x, info = pinv_newton(a, return_info=True)
+        assert norm(x - exact) <= 50 * kappa * eps * norm(exact), (a.shape, a.dtype, kappa, rank)
+        assert (info.rank, bool(info.finite)) == (rank, True)
+        assert info.residual <= 2 * np.sqrt(rank) * (float(info.bound) + 50 * kappa * eps)
+
+
 @settings(max_examples=150)
 @given(spectra("double"))
 def test_penrose_equations_in_double_precision(case):
@@ -91,6 +135,16 @@ def test_every_rank_of_a_square_matrix(rank):
     x, info = pinv_newton(a, return_info=True)
     assert info.rank == rank
     assert norm(x - exact) <= 8 * np.sqrt(12) * 1e6 * np.finfo(float).eps * max(norm(exact), 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rtol_below_what_is_reachable_is_raised_to_it(dtype):
+    smallest = 1e-12 if dtype == np.float64 else 1e-6
+    a, _ = from_spectrum(np.array([1.0, 0.5]), 5, 5, dtype=dtype)
+    for rtol in (0, smallest / 100):
+        x, info = pinv_newton(a, rtol=rtol, return_info=True)
+        assert np.isclose(info.cutoff, smallest, rtol=0.1)
+        assert np.array_equal(x, pinv_newton(a, rtol=smallest))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -448,6 +502,40 @@ def test_traced_info_is_an_array_pytree():
         assert np.array_equal(traced[1].finite, eager[1].finite)
         # Compiled, the schedule is that of the worst case; eagerly it ends when every element is certified.
         assert np.all(traced[1].steps >= eager[1].steps)
+
+
+COMPILED = [{}, {"hermitian": True}, {"hermitian": True, "ridge": 0.1}, {"steps": 5}]
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.parametrize("options", COMPILED)
+def test_torch_compiles_the_whole_call(options):
+    """One graph, forward and backward, with the result and the derivative of the eager call."""
+    a = torch.tensor(from_spectrum(np.logspace(0, -2, 7), 7, 7)[0])
+    a = torch.stack([a @ a.mT, a.mT @ a]) if options.get("hermitian") else torch.stack([a, 3 * a])
+
+    def function(a):
+        return pinv_newton(a, **options)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results, gradients = [], []
+    for call in (function, compiled):
+        leaf = a.clone().requires_grad_()
+        results.append(call(leaf))
+        gradients.append(torch.autograd.grad((results[-1] ** 2).sum(), leaf)[0])
+    # The schedules differ, not what they converge to: κ·eps, and its square in the derivative.
+    assert torch.allclose(*results, rtol=1e-8 if options != {"steps": 5} else 1e-14, atol=0)
+    assert torch.allclose(*gradients, rtol=0, atol=1e-6 * float(gradients[0].abs().max()))
+
+
+def test_an_undecided_rank_is_warned_of_where_it_spoils_the_derivative():
+    a = torch.tensor(np.diag([1.0, 0.5, 1e-3]), requires_grad=True)
+    with pytest.warns(RuntimeWarning, match="the rank is undecided"):
+        pinv_newton(a, rtol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pinv_newton(a.detach(), rtol=1e-3)
+        pinv_newton(a, rtol=1e-2)
 
 
 def test_jax_without_x64():
