@@ -8,12 +8,12 @@ from __future__ import annotations
 import array_api_compat.torch as xp
 import torch
 
-from lowrank import _newton
 from lowrank._array import arithmetic
 from lowrank._differentials import cotangent, differential, distance_cotangent, distance_differential
+from lowrank.schedule import constants
 
-# Numbers that depend on no array: the compiler is to take them as they are, not to trace how they were found.
-for constant in (_newton.definite_plan, _newton.plan, _newton.octic, _newton.normal):
+# The compiler is not to trace how they were found.
+for constant in constants:
     torch.compiler.assume_constant_result(constant)
 
 

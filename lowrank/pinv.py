@@ -1,9 +1,9 @@
-"""Moore–Penrose inverses from matrix products alone: ``pinv_newton``.
+"""Moore–Penrose inverses from matrix products: ``pinv_newton``.
 
 With ``steps`` it is the textbook iteration X ← X(2I − AX) (Ben-Israel & Cohen, SIAM J. Numer. Anal. 3, 1966). Without,
 a positive semidefinite matrix with a ridge is inverted by scaled Newton, and any other gets the truncated
-pseudoinverse by growth and purification; both are in ``_newton``. Here are the options, the textbook iteration, the
-library's own factorisations as the alternative, the derivative's place and the certificate.
+pseudoinverse by growth and purification, both in ``_newton``, or from its Gram matrix, in ``_tall``. Here are the options,
+the textbook iteration, the library's own factorisations as the alternative, the derivative's place and the certificate.
 """
 
 from __future__ import annotations
@@ -59,14 +59,18 @@ class PinvInfo(NamedTuple):
     products : array of int
         Matrix products spent on it, those that estimate its norm included.
     bound : array of float
-        A-priori bound, in exact arithmetic, on ‖I − XA‖₂ over the singular vectors whose singular value is at
-        least 1.7 times the cutoff. With ``steps=`` and no ridge nothing is known of the spectrum: 1.
+        Bound, in exact arithmetic, on ‖I − XA‖₂ over the singular vectors whose singular value is at least 1.7 times
+        the cutoff, from the schedule and from what was measured on the way. With ``steps=`` and no ridge nothing is
+        known of the spectrum: 1.
     residual : array of float
-        ‖E − E²‖_F of the returned X, E = XA, measured; NaN where the input was not finite.
+        ‖E − E²‖_F of the returned X, E = XA, measured: of order κ·eps, and κ²·eps for ``hermitian=True``, whose result is
+        made Hermitian. NaN where the input was not finite. About ¼ or more where a singular value is so near the cutoff
+        that products cannot decide on it.
     rank : array of int
         tr E, rounded; −1 where the result is NaN.
     cutoff : array of float
-        Singular values at or below it were dropped, in the units of ``a``; 0 where none were.
+        Singular values at or below it were dropped, in the units of ``a``: ``rtol``, or the smallest value the precision
+        allows, times σ_max. 0 where none are dropped (``ridge``, ``steps``).
     finite : array of bool
         False where the result is NaN: because the element holds NaN or Inf, or because it contradicts
         ``hermitian=True`` or ``ridge > 0`` (then ``residual`` is Inf).
@@ -100,16 +104,17 @@ def pinv_newton(
     a : array, shape (..., m, n)
         Real or complex floating matrices. float16 and bfloat16 are computed in float32.
     rtol : float, optional
-        Relative cutoff: singular values at or below ``rtol * sigma_max`` count as zero, as in
-        :func:`numpy.linalg.pinv`. The default is 1e-11 in float64 and 1e-5 in lower precision, larger than
-        NumPy's: singular values between NumPy's default and this one are dropped. σ_max is known to a few per
-        cent, so the cutoff is too; ``info.cutoff`` holds the value used.
+        Relative cutoff in [0, 1): singular values at or below ``rtol * sigma_max`` count as zero, as in
+        :func:`numpy.linalg.pinv`. The default is 1e-11 in float64 and 1e-5 in lower precision, larger than NumPy's,
+        max(m, n)·eps: singular values between the two are dropped here and kept there. Values below 1e-12 and 1e-6 are
+        out of reach of products in these precisions and are raised to them. σ_max is known to a few per cent, so the
+        cutoff is too; ``info.cutoff`` holds the value used.
     hermitian : bool
         Declares that ``a`` equals its conjugate transpose, up to √eps of its largest entry; the Hermitian part is
         what is inverted. The result equals its own conjugate transpose to the last bit.
     ridge : float
         δ > 0 declares ``a`` Hermitian positive semidefinite (``hermitian=True`` is required) and means
-        ``a + δ I`` throughout. The number of steps then follows from δ and ‖a‖_∞ alone.
+        ``a + δ I`` throughout. The number of steps then follows from δ and a bound on ‖a‖.
     alpha : float or array of shape (...), optional
         Scale of the start X₀ = α Aᴴ, with ``steps`` only; converges for 0 < α < 2/σ_max². The default is
         1.8/(‖A‖₁‖A‖_∞).
@@ -117,7 +122,8 @@ def pinv_newton(
         Run the textbook iteration X₀ = α Aᴴ, X ← 2X − XAX exactly so often, converged or not. Without it
         the truncated pseudoinverse is computed to near working precision.
     method : {"newton", "direct"}
-        ``"direct"`` computes the same truncated pseudoinverse from the library's own eigh or SVD.
+        ``"direct"`` computes the same truncated pseudoinverse from the library's own eigh or SVD: the better choice
+        for one large matrix on a CPU.
     return_info : bool
         Also return a :class:`PinvInfo`, at the cost of two products.
 
@@ -143,9 +149,14 @@ def pinv_newton(
     With ``steps`` the derivative is that of the iteration itself. Otherwise it is the closed form for constant
     rank (Golub & Pereyra, SIAM J. Numer. Anal. 10, 1973), twice differentiable, under torch and JAX.
 
-    The error is about κ·eps, κ the ratio of the largest to the smallest singular value kept. A rectangular matrix
-    is first reduced to the square factor of its QR decomposition. Newton's iteration pays in batches and on
-    accelerators; for a single large matrix on a CPU an SVD is faster.
+    The error is about κ·eps, κ the ratio of the largest to the smallest singular value kept. Called eagerly, the
+    iteration ends where every matrix is certified, so that well-conditioned ones take few products; under ``jax.jit``,
+    ``torch.compile`` and ``vmap`` the schedule is static and follows from ``rtol`` or ``ridge``, n and the dtype.
+    Tall and wide matrices cost little more than their Gram matrix. It pays in batches and on accelerators.
+
+    See Also
+    --------
+    newton_schedule : the steps, and what they promise, from a scalar recursion.
 
     Examples
     --------

@@ -25,6 +25,10 @@ _FLOOR = 0.03
 _LARGEST, _SMALLEST = 1e100, 1e-15
 
 
+# Functions of numbers alone, whose results torch's compiler is to take as they are (see _torch_rules).
+constants: list[Callable] = []
+
+
 def remembered(function: Callable) -> Callable:
     """Compute once per argument. (Not functools.cache, which torch's compiler looks behind.)"""
     known: dict = {}
@@ -37,6 +41,7 @@ def remembered(function: Callable) -> Callable:
             known[arguments] = function(*arguments)
         return known[arguments]
 
+    constants.append(recalled)
     return recalled
 
 

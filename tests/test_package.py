@@ -19,7 +19,7 @@ MAY_KNOW = {
     "_array": set(),
     "_accurate": {"_array"},
     "_differentials": {"_array"},
-    "_torch_rules": {"_array", "_differentials", "_newton"},
+    "_torch_rules": {"_array", "_differentials", "schedule"},
     "_gradients": {"_array", "_differentials", "_torch_rules"},
     "kernels": {"_array", "_gradients"},
     "schedule": set(),
