@@ -274,9 +274,12 @@ def _deflated(p: Array, ridge: float, xp: Namespace) -> _Deflation:
     """
     whole = xp.max(xp.sum(xp.abs(p), axis=-2), axis=-1)
     # P times a column is the adjoint of a row times P, which libraries multiply faster.
-    row = _unit(xp.sum(p, axis=-2, keepdims=True), xp)
-    for _ in range(8):
-        row = _unit(row @ p, xp)
+    row = xp.sum(p, axis=-2, keepdims=True)
+    for _ in range(7):
+        # Scaled so that nothing overflows; the length comes at the end.
+        row = row @ p
+        row /= as_matrices(whole)
+    row = _unit(row, xp)
     image = row @ p
     theta = xp.real(xp.sum(xp.conj(row) * image, axis=(-2, -1)))
     w = image - as_matrices(theta) * row

@@ -2,8 +2,8 @@
 
 With ``steps`` it is the textbook iteration X ← X(2I − AX) (Ben-Israel & Cohen, SIAM J. Numer. Anal. 3, 1966). Without,
 a positive semidefinite matrix with a ridge is inverted by scaled Newton, and any other gets the truncated
-pseudoinverse by growth and purification, both in ``_newton``, or from its Gram matrix, in ``_tall``. Here are the options,
-the textbook iteration, the library's own factorisations as the alternative, the derivative's place and the certificate.
+pseudoinverse by growth and purification, both in ``_newton``, or from its Gram matrix, in ``_tall``. Here are the
+options, the textbook iteration, the library's own factorisations, the derivative's place and the certificate.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ class PinvInfo(NamedTuple):
         the cutoff, from the schedule and from what was measured on the way. With ``steps=`` and no ridge nothing is
         known of the spectrum: 1.
     residual : array of float
-        ‖E − E²‖_F of the returned X, E = XA, measured: of order κ·eps, and κ²·eps for ``hermitian=True``, whose result is
-        made Hermitian. NaN where the input was not finite. About ¼ or more where a singular value is so near the cutoff
-        that products cannot decide on it.
+        ‖E − E²‖_F of the returned X, E = XA, measured: of order κ·eps, and κ²·eps for ``hermitian=True``, whose
+        result is made Hermitian. NaN where the input was not finite. About ¼ or more where a singular value is so
+        near the cutoff that products cannot decide on it.
     rank : array of int
         tr E, rounded; −1 where the result is NaN.
     cutoff : array of float
-        Singular values at or below it were dropped, in the units of ``a``: ``rtol``, or the smallest value the precision
-        allows, times σ_max. 0 where none are dropped (``ridge``, ``steps``).
+        Singular values at or below it were dropped, in the units of ``a``: ``rtol``, or the smallest value the
+        precision allows, times σ_max. 0 where none are dropped (``ridge``, ``steps``).
     finite : array of bool
         False where the result is NaN: because the element holds NaN or Inf, or because it contradicts
         ``hermitian=True`` or ``ridge > 0`` (then ``residual`` is Inf).
