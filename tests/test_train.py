@@ -63,7 +63,7 @@ def test_run_leaves_checkpoint_log_and_plots(run):
     assert metadata["test_accuracy"] == f"{accuracy:.4f}"
 
 
-@pytest.mark.parametrize("iteration", ["pinv_newton", "_scaled_newton"])
+@pytest.mark.parametrize("iteration", ["pinv_newton", "scaled_newton"])
 def test_training_runs_through_the_iteration(monkeypatch, tmp_path, iteration):
     class Unavailable(Exception):
         pass
