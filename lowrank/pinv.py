@@ -178,7 +178,7 @@ def pinv_newton(
         rtol = max(rtol, _SMALLEST_RTOL[_precision(a, xp)])
 
     with arithmetic(a):
-        if a.shape[-1] == 0 or a.shape[-2] == 0:
+        if 0 in a.shape:
             x, work = xp.matrix_transpose(a), _nothing_to_do(a, xp)
         else:
             if hermitian:

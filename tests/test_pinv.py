@@ -332,13 +332,16 @@ def test_info_names_what_went_wrong(xp: Backend):
     assert to_host(info.finite).tolist() == [True, False, False, False, False]
 
 
-@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0), (0, 3, 2), (2, 0, 2)])
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0), (0, 3, 2), (2, 0, 2), (0, 3, 3)])
 def test_empty(xp: Backend, shape):
     a = xp.asarray(np.zeros(shape))
     for options in ({}, {"steps": 3}, {"method": "direct"}):
         x, info = pinv_newton(a, return_info=True, **options)
         xp.check(x, a, (*shape[:-2], shape[-1], shape[-2]))
         xp.check(info.residual, a, shape[:-2])
+    if shape[-1] == shape[-2]:
+        x = pinv_newton(a, hermitian=True, ridge=0.1)
+        xp.check(x, a, shape)
 
 
 def test_zero_and_identity(xp: Backend):
