@@ -5,6 +5,7 @@
 JAX arrays. ``lowrank.nn`` holds the torch module and is imported by itself.
 """
 
+from lowrank._schedule import NewtonSchedule, newton_schedule
 from lowrank.attention import softmax_free_attention
 from lowrank.factor import LowRank, nystrom
 from lowrank.kernels import (
@@ -17,7 +18,6 @@ from lowrank.kernels import (
 )
 from lowrank.landmarks import segment_means, uniform
 from lowrank.pinv import PinvInfo, pinv_newton
-from lowrank.schedule import NewtonSchedule, newton_schedule
 
 __all__ = [
     "LowRank",

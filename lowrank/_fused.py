@@ -1,6 +1,6 @@
 """The choice between the plain path and a fused GPU kernel, and the way to the kernel.
 
-On a GPU the plain path of ``_newton.scaled_newton`` is a few dozen launches, each of which reads and writes the whole
+On a GPU the plain path of ``_definite.scaled_newton`` is a few dozen launches, each of which reads and writes the whole
 batch; the kernel is one launch, of one program per matrix. What it computes is in ``_fused_kernels``, which needs torch
 and Triton and is imported here, when it is wanted; CuPy arrays reach it through DLPack.
 """
@@ -36,7 +36,7 @@ def applies(a: Array, *, ridge: float, xp: Namespace) -> bool:
 
 
 def scaled_newton(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work]:
-    """(A + ridge·I)⁻¹ for symmetric A ≽ 0 by the kernel, with the contract of ``_newton.scaled_newton``.
+    """(A + ridge·I)⁻¹ for symmetric A ≽ 0 by the kernel, with the contract of ``_definite.scaled_newton``.
 
     No eigenvector is deflated, and every matrix takes its own number of steps, of order 2. There is no derivative.
     """

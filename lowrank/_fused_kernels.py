@@ -1,7 +1,7 @@
 """The Triton kernel behind ``_fused`` and the operator ``lowrank::scaled_newton`` that torch knows it by.
 
 Apart from ``_fused``, since the kernel's names and the operator have to exist before a compiler looks at them: they
-come with the import of this module, and so do torch and Triton. The mathematics is that of ``_newton.scaled_newton``,
+come with the import of this module, and so do torch and Triton. The mathematics is that of ``_definite.scaled_newton``,
 with steps of order 2 alone (V. Pan and R. Schreiber, SIAM J. Sci. Stat. Comput. 12, 1991).
 """
 
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-# As in _newton: two per cent by which the bound on ‖P‖ exceeds the row sums.
+# As in _newton.MARGIN: two per cent by which the bound on ‖P‖ exceeds the row sums.
 _MARGIN = tl.constexpr(1.02)
 _EPS = tl.constexpr(2.0**-23)
 # Steps end where the square of ‖I − E‖ is below rounding, for all that is known of κ is that it is u/ridge at the most.

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 from lowrank._accurate import accurate_product, accurate_sum, split_product
 from lowrank._array import Array, Namespace, device, is_traced, matrix_transpose_conj, real_dtype, widest_real
-from lowrank._newton import Work, as_matrices, frobenius, polynomial, square_pinv
+from lowrank._newton import Work, as_matrices, frobenius, polynomial
+from lowrank._truncated import square_pinv
 
 # Numbers in a block of rows.
 _BLOCK = 1 << 18

@@ -10,7 +10,7 @@ import torch
 
 from lowrank._array import arithmetic
 from lowrank._differentials import cotangent, differential, distance_cotangent, distance_differential
-from lowrank.schedule import constants
+from lowrank._schedule import constants
 
 # The compiler is not to trace how they were found.
 for constant in constants:

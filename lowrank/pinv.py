@@ -1,8 +1,8 @@
 """Moore–Penrose inverses from matrix products: ``pinv_newton``.
 
 With ``steps`` it is the textbook iteration X ← X(2I − AX) (Ben-Israel & Cohen, SIAM J. Numer. Anal. 3, 1966). Without,
-a positive semidefinite matrix with a ridge is inverted by scaled Newton, and any other gets the truncated
-pseudoinverse by growth and purification, both in ``_newton``, or from its Gram matrix, in ``_tall``. Here are the
+a positive semidefinite matrix with a ridge is inverted by scaled Newton, in ``_definite``; any other gets the truncated
+pseudoinverse by growth and purification, in ``_truncated``, or from its Gram matrix, in ``_tall``. Here are the
 options, the textbook iteration, the library's own factorisations, the derivative's place and the certificate.
 """
 
@@ -30,6 +30,7 @@ from lowrank._array import (
     real_dtype,
     stop_gradient,
 )
+from lowrank._definite import scaled_newton
 from lowrank._newton import (
     Work,
     as_matrices,
@@ -38,10 +39,9 @@ from lowrank._newton import (
     hermitian_part,
     in_chunks,
     or_nan,
-    scaled_newton,
-    square_pinv,
 )
 from lowrank._tall import tall_pinv
+from lowrank._truncated import square_pinv
 
 # Relative cutoffs. Growing E from (σ/σ_max)² to ½ multiplies rounding in the null space by 1/(2 rtol²), and
 # that noise comes back through the next product at eps/rtol² · eps; the smallest cutoff keeps it below 1e-3.

@@ -26,7 +26,8 @@ import torch
 from conftest import gaussian_gram
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowrank import _fused, _newton
+from lowrank import _definite, _fused
+from lowrank._newton import Work
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="torch was installed without Triton, as for CPUs alone"
@@ -51,7 +52,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Callable]:
         yield lambda function, *args: pool.submit(function, "cpu", *args).result()
 
 
-def solve(device: str, a: np.ndarray, ridge: float = 1.0) -> tuple[np.ndarray, _newton.Work]:
+def solve(device: str, a: np.ndarray, ridge: float = 1.0) -> tuple[np.ndarray, Work]:
     given = torch.asarray(a, device=device)
     x, work = _fused.scaled_newton(given, ridge=ridge, xp=array_api_compat.torch)
     assert x.dtype == torch.float32
@@ -59,7 +60,7 @@ def solve(device: str, a: np.ndarray, ridge: float = 1.0) -> tuple[np.ndarray, _
     assert work.valid.dtype == torch.bool
     assert all(w.shape == a.shape[:-2] and w.device == given.device for w in work)
     assert np.array_equal(given.cpu().numpy(), a, equal_nan=True)
-    return x.cpu().numpy(), _newton.Work(*(w.cpu().numpy() for w in work))
+    return x.cpu().numpy(), Work(*(w.cpu().numpy() for w in work))
 
 
 def symmetric(spectrum: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -111,7 +112,7 @@ def test_agrees_with_the_plain_path(run, n):
         a = gaussian_gram(points, 0.5).astype(np.float32)[None]
         x, work = run(solve, a, ridge)
         # In float64 the plain path is the inverse of the same matrix to all digits of float32.
-        plain, judged = _newton.scaled_newton(
+        plain, judged = _definite.scaled_newton(
             shifted(a, ridge) - ridge * np.eye(n), ridge=ridge, xp=array_api_compat.numpy
         )
         assert work.valid.all()

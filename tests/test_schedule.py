@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank import NewtonSchedule, newton_schedule, pinv_newton
-from lowrank._newton import _PURIFYING, octic, polynomial
-from lowrank.schedule import Step, chebyshev_step, plan
+from lowrank._newton import octic, polynomial
+from lowrank._schedule import Step, chebyshev_step, plan
+from lowrank._truncated import _PURIFYING
 
 EPS = float(np.finfo(float).eps)
 COST = {2: 2, 3: 3, 5: 4, 9: 5}

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.polynomial.polynomial import polyval
 
 from lowrank import newton_schedule
-from lowrank.schedule import plan
+from lowrank._schedule import plan
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
