@@ -216,12 +216,25 @@ def accumulate(x: Array, y: Array, alpha: float) -> Array:
     return x
 
 
-def add_to_diagonal(x: Array, alpha: float, xp: Namespace) -> Array:
-    """x + αI in the memory of x, which is the caller's own, where the library writes to arrays."""
+def add_to_diagonal(x: Array, alpha: Array | float, xp: Namespace) -> Array:
+    """x + αI in the memory of x, which is the caller's own, where the library writes to arrays; α is a number or an
+    array of x's batch shape."""
+    along: Array = alpha if isinstance(alpha, (int, float)) else alpha[..., None]
     if compat.is_torch_array(x):
-        x.diagonal(dim1=-2, dim2=-1).add_(alpha)
+        x.diagonal(dim1=-2, dim2=-1).add_(along)
     elif compat.is_numpy_array(x):
-        np.einsum("...ii->...i", x)[...] += alpha
+        np.einsum("...ii->...i", x)[...] += along
     else:
-        x += alpha * xp.eye(x.shape[-1], dtype=x.dtype, device=device(x))
+        every: Array = along if isinstance(alpha, (int, float)) else along[..., None]
+        x += every * xp.eye(x.shape[-1], dtype=x.dtype, device=device(x))
     return x
+
+
+def add_product(x: Array, a: Array, b: Array, xp: Namespace, *, beta: float = 1.0, alpha: float = 1.0) -> Array:
+    """βx + α a @ b, the sum in the product's own pass where the library has that."""
+    if compat.is_torch_array(x) and x.ndim == 3:
+        return xp.baddbmm(x, a, b, beta=beta, alpha=alpha)
+    product = a @ b
+    if alpha != 1.0:
+        product *= alpha
+    return accumulate(product, x, beta)

@@ -11,19 +11,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lowrank._accurate import accurate_product
-from lowrank._array import Array, Namespace, accumulate, from_host, is_traced, matrix_transpose_conj, to_host
+from lowrank._accurate import accurate_cost, accurate_product
+from lowrank._array import (
+    Array,
+    Namespace,
+    add_product,
+    add_to_diagonal,
+    from_host,
+    is_traced,
+    matrix_transpose_conj,
+    to_host,
+)
 from lowrank._newton import (
     MARGIN,
     Work,
     all_true,
     apply,
     as_matrices,
-    finite_part,
     first_polynomial,
     frobenius,
-    hermitian_part,
-    identity,
     normal,
     or_nan,
     polynomial,
@@ -31,8 +37,8 @@ from lowrank._newton import (
 )
 from lowrank._schedule import Plan, Step, advance, chebyshev_step, plan, remembered
 
-# The conditions that schedules are made for; a matrix takes the next one above its own.
-_CLASS = 4.0
+# The conditions that schedules are made for; a chunk takes the next one above its own.
+_CLASS = 2**0.25
 # What deflation may do to the interval after the first step, relative to its lower end.
 _SLACK = 0.03
 # Vectors with which the inverse is tried out, and what they may be off. An eigenvalue of I − XP of size 1 is
@@ -56,86 +62,105 @@ def scaled_newton(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work
 
     With u ≥ ‖P‖, P = A + ridge·I, the spectrum of P/u is in [ridge/u, 1], so the steps follow from κ = u/ridge, not κ².
     One leading eigenvector is deflated where that lowers u: kernel matrices have one of eigenvalue near n. The
-    first step is a polynomial in P; the last uses E from split factors.
+    first step is a polynomial in P; the last uses an accurate E. Matrices that are solved together take the steps of
+    the worst of them.
     """
     eps = float(xp.finfo(a.dtype).eps)
-    finite, p = finite_part(a, xp)
-    p = p + ridge * identity(p, xp)
-    start = _deflated(p, ridge, xp)
-    zero = xp.zeros_like(start.upper)
-    if is_traced(p):
-        chosen = definite_plan(1 / (8 * eps), eps / 4)
-        x, work = _inverse(p, start, chosen, xp), Work(zero, zero, zero, zero, finite)
-        work = _with_figures(work, chosen, zero == 0, xp)
-    else:
-        x, work = None, Work(zero, zero, zero, zero, finite)
-        conditions = np.maximum(to_host(start.upper).astype(np.float64) / ridge, _CLASS)
-        conditions = np.minimum(_CLASS ** np.ceil(np.log(conditions) / math.log(_CLASS)), 1 / eps)
-        for condition in np.unique(conditions):
-            # A change of P in its last bits moves X by κ·eps; truncation is hidden far below that.
-            chosen = definite_plan(float(condition), max(eps * float(condition) / 512, eps / 4))
-            here = from_host(conditions == condition, p, xp, dtype=xp.bool)
-            found = _inverse(p, start, chosen, xp)
-            x = found if x is None else xp.where(as_matrices(here), found, x)
-            work = _with_figures(work, chosen, here, xp)
+    largest = xp.max(xp.abs(a), axis=(-2, -1))
+    finite = xp.isfinite(largest)
+    # The power of two below 1/‖P‖, by which multiplication is exact.
+    scale = 2.0 ** -xp.ceil(xp.log2(xp.where(finite, a.shape[-1] * largest, xp.zeros_like(largest)) + ridge))
+    p = add_to_diagonal(as_matrices(scale) * a, ridge * scale, xp)
+    start = _deflated(p, ridge * scale, xp)
+    chosen = definite_plan(*_needed(p, start, ridge * scale, eps, xp))
+    x = _inverse(p, start, chosen, xp)
     probes = from_host(normal(_PROBES, p.shape[-1]), p, xp)
     probes = xp.broadcast_to(probes, (*p.shape[:-2], *probes.shape))
     # Tried before it is made Hermitian: an error of X of κ·eps from the left then becomes one of κ²·eps in XP.
-    valid = finite & (frobenius((probes @ x) @ p - probes, xp) <= _TRIED)
-    return or_nan(valid, hermitian_part(x, xp), xp), work._replace(valid=valid)
+    valid = finite & (frobenius(add_product(probes, probes @ x, p, xp, beta=-1.0), xp) <= _TRIED)
+    x = x + matrix_transpose_conj(x, xp)
+    x *= as_matrices(0.5 * scale)
+    figures = len(chosen.steps), chosen.products + accurate_cost(p, xp), max(1 - chosen.low, chosen.high - 1)
+    steps, products, bound = (xp.full_like(scale, float(v)) for v in figures)
+    return or_nan(valid, x, xp), Work(steps, products, bound, xp.zeros_like(bound), valid)
+
+
+def _needed(p: Array, start: _Deflation, ridge: Array, eps: float, xp: Namespace) -> tuple[float, float]:
+    """The condition that the steps are for, and the ‖I − XP‖ they are to reach.
+
+    A change of P in its last bits moves X by κ·eps, and truncation is to hide below that. What κ is at least: the
+    smallest eigenvalue is no larger than the mean of all but the largest.
+    """
+    if is_traced(ridge):
+        return 1 / (8 * eps), eps / 4
+    others = xp.linalg.trace(p) - start.value
+    figures = (start.upper, start.value, xp.real(others) / max(1, p.shape[-1] - 1), ridge)
+    upper, value, mean, ridge = (to_host(v).astype(np.float64) for v in figures)
+    most, least = upper / ridge, value / np.maximum(mean, ridge)
+    known = np.isfinite(most) & np.isfinite(least)
+    condition = min(np.max(most, initial=_CLASS, where=known), 1 / eps)
+    hidden = eps / 128 * np.min(least, initial=1 / eps, where=known)
+    return _CLASS ** math.ceil(math.log(condition, _CLASS)), max(
+        _CLASS ** math.floor(math.log(hidden, _CLASS)), eps / 4
+    )
 
 
 @remembered
 def definite_plan(condition: float, tolerance: float) -> Plan:
-    """A step of order 9, whose polynomial needs neither E nor S·X, and the rest from split factors for the last E."""
+    """A step of order 9, whose polynomial needs neither E nor S·X, and the rest; the last E is not counted."""
     first = chebyshev_step(9, 1 / condition, 1.0)
     low, high = advance(first, 1 / condition, 1.0)
     rest = plan(low * (1 - _SLACK), high + low * _SLACK, tolerance)
-    return rest._replace(steps=(first, *rest.steps), products=3 + rest.products + 2)
+    return rest._replace(steps=(first, *rest.steps), products=3 + rest.products - 1)
 
 
-def _with_figures(work: Work, chosen: Plan, here: Array, xp: Namespace) -> Work:
-    """The figures of elements that took the chosen steps."""
-    figures = (len(chosen.steps), chosen.products, max(1 - chosen.low, chosen.high - 1))
-    count, products, bound = (
-        xp.where(here, xp.full_like(old, float(new)), old) for new, old in zip(figures, work[:3], strict=True)
-    )
-    return work._replace(steps=count, products=products, bound=bound)
-
-
-def _deflated(p: Array, ridge: float, xp: Namespace) -> _Deflation:
+def _deflated(p: Array, ridge: Array, xp: Namespace) -> _Deflation:
     """Take out the leading eigenvector where that pays.
 
     For a unit vector v, θ = vᴴPv, w = Pv − θv and Q = (I − vvᴴ)P(I − vvᴴ), the spectrum of Q on the complement of v
     is in [ridge, ‖Q‖] by interlacing. From X = vvᴴ/θ + q(Q)(I − vvᴴ) the spectrum of E is that of
     [[1, bᴴ], [b, q(Q)Q]], b = q(Q)^½ w/√θ, which differs from its diagonal blocks by ‖b‖ at the most.
     """
-    whole = xp.max(xp.sum(xp.abs(p), axis=-2), axis=-1)
+    eps = float(xp.finfo(p.dtype).eps)
     # P times a column is the adjoint of a row times P, which libraries multiply faster.
     row = xp.sum(p, axis=-2, keepdims=True)
-    for _ in range(7):
-        # Scaled so that nothing overflows; the length comes at the end.
+    for _ in range(3):
         row = row @ p
-        row /= as_matrices(whole)
+    row = unit(row, xp)
+    for _ in range(4):
+        row = row @ p
     row = unit(row, xp)
     image = row @ p
     theta = xp.real(xp.sum(xp.conj(row) * image, axis=(-2, -1)))
     w = image - as_matrices(theta) * row
-    half = as_matrices(0.5 * theta) * row + w
-    pair = matrix_transpose_conj(xp.concat([row, half], axis=-2), xp) @ xp.concat([half, row], axis=-2)
-    rest = p - pair
-    upper = xp.minimum(xp.max(xp.sum(xp.abs(rest), axis=-2), axis=-1), frobenius(rest, xp))
-    upper = xp.maximum(upper, xp.full_like(upper, ridge))
+    # ‖P‖² = θ² + 2‖w‖² + ‖Q‖² in Frobenius norms.
+    aside = frobenius(w, xp) ** 2
+    whole = frobenius(p, xp) ** 2
+    rest = xp.abs(whole - theta**2 - 2 * aside) + 8 * eps * whole
     # With q ≤ 162/u, ‖b‖ is below _SLACK times what the first step makes of the smallest eigenvalue, 12·ridge/u or ½.
-    square = xp.minimum(500 * (ridge / upper) ** 2, xp.ones_like(upper))
-    pays = (upper <= 0.5 * whole) & (frobenius(w, xp) ** 2 <= 1e-6 * theta * upper * square)
+    allowed = 1e-6 * theta * xp.sqrt(rest) * xp.minimum(500 * ridge**2 / rest, xp.ones_like(rest))
+    pays = (4 * rest <= theta**2) & (aside <= allowed)
     if not all_true(pays, xp):
-        rest, upper = xp.where(as_matrices(pays), rest, p), xp.where(pays, upper, whole)
         row = xp.where(as_matrices(pays), row, xp.zeros_like(row))
+    half = as_matrices(0.5 * theta) * row + w
+    pair = xp.concat([row, half], axis=-2), xp.concat([half, row], axis=-2)
+    rest = add_product(p, matrix_transpose_conj(pair[0], xp), pair[1], xp, alpha=-1.0)
     square = rest @ rest
-    # λ_max⁴ ≤ tr Q⁴ = ‖Q²‖².
-    upper = MARGIN * xp.minimum(upper, xp.sqrt(frobenius(square, xp)))
-    return _Deflation(rest, square, row, theta, xp.maximum(upper, xp.full_like(upper, ridge)))
+    upper = MARGIN * _largest_eigenvalue(rest, square, eps, xp)
+    return _Deflation(rest, square, row, theta, xp.maximum(upper, ridge))
+
+
+def _largest_eigenvalue(q: Array, square: Array, eps: float, xp: Namespace) -> Array:
+    """A bound from tr Q² and tr Q⁴, exact where all eigenvalues are of one size, and where one is by far the largest.
+
+    Of n numbers λ² of mean μ and variance s² none is above μ + s√(n − 1) (H. Wolkowicz and G. P. H. Styan, Linear
+    Algebra Appl. 29, 1980).
+    """
+    n = q.shape[-1]
+    mean = frobenius(q, xp) ** 2 / n
+    fourth = frobenius(square, xp) ** 2 / n
+    variance = xp.abs(fourth - mean**2) + 8 * eps * fourth
+    return xp.sqrt(mean + xp.sqrt((n - 1) * variance))
 
 
 def _inverse(p: Array, start: _Deflation, chosen: Plan, xp: Namespace) -> Array:
@@ -147,21 +172,21 @@ def _inverse(p: Array, start: _Deflation, chosen: Plan, xp: Namespace) -> Array:
     row, along = start.row, start.row @ x
     mean = as_matrices(xp.sum(xp.conj(row) * along, axis=(-2, -1))) + 1 / as_matrices(start.value)
     along = along - 0.5 * mean * row
-    x -= matrix_transpose_conj(xp.concat([row, along], axis=-2), xp) @ xp.concat([along, row], axis=-2)
+    left, right = xp.concat([row, along], axis=-2), xp.concat([along, row], axis=-2)
+    x = add_product(x, matrix_transpose_conj(left, xp), right, xp, alpha=-1.0)
     for step in between:
         x = apply(step, x, x @ p, xp)
     return _apply_accurately(last, x, p, xp)
 
 
 def _apply_accurately(step: Step, x: Array, a: Array, xp: Namespace) -> Array:
-    """The same with R from split factors, and S(R)X as c₀X plus what is small, for the last step.
+    """The same with R from an accurate E, and S(R)X as c₀X plus what is small, for the last step.
 
     Formed in working precision, E would have an error of order κ·eps, and X one of κ·eps from the left, so that AX
     were right to κ²·eps only.
     """
     x = step.scale * x
     c0, *others = step.coefficients
-    r = accurate_product(x, a, xp, minus=identity(a, xp))
-    r *= -1.0
-    following = polynomial(r, (0.0, *others), xp) @ x
-    return accumulate(following, x, c0)
+    minus_r = accurate_product(x, a, xp, minus=1.0)
+    signed = (c if k % 2 else -c for k, c in enumerate(others))
+    return add_product(x, polynomial(minus_r, (0.0, *signed), xp), x, xp, beta=c0)

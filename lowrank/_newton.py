@@ -16,6 +16,7 @@ from lowrank._array import (
     Array,
     Namespace,
     accumulate,
+    add_product,
     add_scaled,
     add_to_diagonal,
     device,
@@ -29,7 +30,7 @@ from lowrank._schedule import Step, remembered
 # Chebyshev polynomial outside [−1, 1]; two per cent of σ² keep it inside.
 MARGIN = 1.02
 # Numbers in a chunk of the batch: on a CPU such that its matrices stay in the cache, elsewhere for memory.
-_CHUNK = {True: 3 << 16, False: 1 << 27}
+_CHUNK = {True: 5 << 16, False: 1 << 27}
 
 
 class Work(NamedTuple):
@@ -118,16 +119,27 @@ def octic(c: tuple[float, ...]) -> _Octic:
     return _Octic(zeta, total - rho, gamma, delta, rho, c[2] - delta * rho)
 
 
-def in_chunks(solve: Callable[[Array], tuple[Array, Work]], a: Array, xp: Namespace) -> tuple[Array, Work]:
-    """solve(a), a few matrices of the batch at a time where values can be looked at."""
-    batch, (m, n) = a.shape[:-2], a.shape[-2:]
-    size = max(1, _CHUNK[is_on_cpu(a)] // (m * n))
-    if is_traced(a) or math.prod(batch) <= size:
-        return solve(a)
+def chunks(a: Array, xp: Namespace) -> list[Array]:
+    """The matrices of the batch, a few at a time where values can be looked at; one axis of batch where there are
+    several chunks."""
+    batch, (m, n) = math.prod(a.shape[:-2]), a.shape[-2:]
+    parts = math.ceil(batch * m * n / _CHUNK[is_on_cpu(a)])
+    if is_traced(a) or parts <= 1 or batch <= 1:
+        return [a]
+    size = math.ceil(batch / parts)
     flat = xp.reshape(a, (-1, m, n))
-    parts = [solve(flat[k : min(k + size, flat.shape[0]), ...]) for k in range(0, flat.shape[0], size)]
-    x = xp.concat([x for x, _ in parts], axis=0)
-    work = (xp.reshape(xp.concat(figures, axis=0), batch) for figures in zip(*(w for _, w in parts), strict=True))
+    return [flat[k : min(k + size, batch), ...] for k in range(0, batch, size)]
+
+
+def in_chunks(solve: Callable[[Array], tuple[Array, Work]], a: Array, xp: Namespace) -> tuple[Array, Work]:
+    """solve(a), chunk by chunk."""
+    parts = chunks(a, xp)
+    if len(parts) == 1:
+        return solve(a)
+    solved = [solve(part) for part in parts]
+    batch = a.shape[:-2]
+    x = xp.concat([x for x, _ in solved], axis=0)
+    work = (xp.reshape(xp.concat(figures, axis=0), batch) for figures in zip(*(w for _, w in solved), strict=True))
     return xp.reshape(x, (*batch, *x.shape[-2:])), Work(*work)
 
 
@@ -141,15 +153,15 @@ def polynomial(
     if len(c) == 3:
         s = accumulate((factor * c[1]) * r, y, factor * c[2])
     elif len(c) == 5:
-        s = y @ add_to_diagonal(accumulate((factor * c[4]) * y, r, factor * c[3]), factor * c[2], xp)
-        s = accumulate(s, r, factor * c[1])
+        s = add_to_diagonal(accumulate((factor * c[4]) * y, r, factor * c[3]), factor * c[2], xp)
+        s = add_product(r, y, s, xp, beta=factor * c[1])
     else:
         form = octic(c)
-        right = accumulate(y @ add_scaled(y, r, form.zeta, xp), y, form.rho)
+        right = add_product(y, y, add_scaled(y, r, form.zeta, xp), xp, beta=form.rho)
         left = accumulate(add_scaled(right, y, form.beta - form.rho, xp), r, form.gamma)
-        s = add_to_diagonal(left, form.delta, xp) @ right
-        s = accumulate(accumulate(s, y, form.phi), r, c[1] / c[8])
-        s *= factor * c[8]
+        outer = factor * c[8]
+        s = add_product(y, add_to_diagonal(left, form.delta, xp), right, xp, beta=form.phi * outer, alpha=outer)
+        s = accumulate(s, r, factor * c[1])
     return add_to_diagonal(s, factor * c[0], xp)
 
 

@@ -116,7 +116,7 @@ def newton_schedule(condition: float, /, *, tolerance: float = 1e-6, definite: b
     Raises
     ------
     ValueError
-        If ``condition`` is below 1 or above 1e100, or ``tolerance`` is not between 1e-15 and 1.
+        If ``condition`` is no number from 1 to 1e100, or ``tolerance`` none from 1e-15 to 1.
 
     Examples
     --------
@@ -125,9 +125,9 @@ def newton_schedule(condition: float, /, *, tolerance: float = 1e-6, definite: b
     >>> schedule.orders, schedule.products[-1]
     ((9, 9, 9), 13)
     """
-    if not 1 <= condition <= _LARGEST:
+    if not (isinstance(condition, (int, float, np.number)) and 1 <= condition <= _LARGEST):
         raise ValueError(f"condition must be a number from 1 to {_LARGEST:g}, not {condition!r}")
-    if not _SMALLEST <= tolerance < 1:
+    if not (isinstance(tolerance, (int, float, np.number)) and _SMALLEST <= tolerance < 1):
         raise ValueError(f"tolerance must be a number from {_SMALLEST:g} to 1, not {tolerance!r}")
     low = 1 / condition if definite else 1 / condition**2
     bounds, spent = [(1 - low) / (1 + low)], [0]

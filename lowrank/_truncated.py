@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lowrank._accurate import accurate_product
+from lowrank._accurate import accurate_cost, accurate_product
 from lowrank._array import Array, Namespace, from_host, is_traced, matrix_transpose_conj
 from lowrank._newton import (
     MARGIN,
@@ -181,7 +181,7 @@ def _finish_full_rank(growth: _Growth, a: Array, solved: _Solved, xp: Namespace)
     zero = xp.zeros_like(solved.bound)
     x, passes, residual, _ = _repeat(body, (x, zero, zero, zero == 0), 2, a, xp)
     steps = len(growth.steps) + len(chosen.steps) + passes
-    products = growth.products + chosen.products - 1 + 5 * passes
+    products = growth.products + chosen.products - 1 + (2 + accurate_cost(a, xp)) * passes
     bound = xp.full_like(zero, enough**3)
     return _choose(_Solved(x, steps, products, bound, full & (residual <= 0.1)), solved, xp)
 
@@ -220,11 +220,12 @@ def _finish_certified(
     largest = xp.sqrt(frobenius(matrix_transpose_conj(left, xp) @ left, xp))
     certified = largest <= 0.9 * cutoff
     found = found._replace(accepted=gap & certified)
+    spent = 2 * accurate_cost(a, xp) + 2
     if bool(xp.any(found.accepted & ~solved.accepted)):
         cleaned = _orthogonalised(found, a, hermitian, xp)
-        solved = _choose(cleaned._replace(products=cleaned.products + 8), solved, xp)
+        solved = _choose(cleaned._replace(products=cleaned.products + spent), solved, xp)
     # What has been tried in vain is charged too.
-    return _charge(solved, found.products - growth.products + 8, xp)
+    return _charge(solved, found.products - growth.products + spent, xp)
 
 
 def _nothing_left(growth: _Growth, a: Array, cutoff: Array, xp: Namespace) -> Array:
@@ -301,7 +302,7 @@ def _purified(x: Array, growth: _Growth, a: Array, ends: Array, xp: Namespace) -
     steps = len(growth.steps) + passes + finest
     # The pass that finds nothing left to do has formed E and E².
     looked = xp.where(passes < _PURIFICATIONS, 2 + zero, zero)
-    products = growth.products + 5 * passes + looked + 5 * finest
+    products = growth.products + 5 * passes + looked + (2 + accurate_cost(a, xp)) * finest
     return _Solved(x, steps, products, ends, zero == 0)
 
 
@@ -315,7 +316,7 @@ def _orthogonalised(found: _Solved, a: Array, hermitian: bool, xp: Namespace) ->
     x = found.x
     e = accurate_product(x, a, xp)
     f = matrix_transpose_conj(e, xp) if hermitian else accurate_product(a, x, xp)
-    products = found.products + (3 if hermitian else 6)
+    products = found.products + accurate_cost(a, xp) * (1 if hermitian else 2)
     # Rounding of X alone makes E this much non-Hermitian.
     unavoidable = eps * frobenius(x, xp) * frobenius(a, xp)
     defects = [frobenius(t - matrix_transpose_conj(t, xp), xp) for t in (e, f)]
@@ -331,7 +332,7 @@ def _orthogonalised(found: _Solved, a: Array, hermitian: bool, xp: Namespace) ->
     # A singular value at the cutoff itself may leave E with ½, of which projectors make nothing.
     needed = needed & (frobenius(e - square, xp) <= 0.1)
     # The Gram matrices of E and F, the projections, and the purification.
-    spent = products + spent + more + (1 if hermitian else 2) + 2 + 5
+    spent = products + spent + more + (1 if hermitian else 2) + 4 + accurate_cost(a, xp)
     x = xp.where(as_matrices(needed), cleaned, x)
     return found._replace(
         x=x, steps=found.steps + xp.astype(needed, found.steps.dtype), products=xp.where(needed, spent, products)

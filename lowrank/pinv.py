@@ -34,6 +34,7 @@ from lowrank._definite import scaled_newton
 from lowrank._newton import (
     Work,
     as_matrices,
+    chunks,
     finite_part,
     frobenius,
     hermitian_part,
@@ -249,9 +250,11 @@ def _checked_hermitian(a: Array, given_dtype: Any, xp: Namespace) -> tuple[Array
     (A Frobenius norm would overflow or vanish at scales where the entries do not.)
     """
     tolerance = math.sqrt(float(xp.finfo(given_dtype).eps))
-    gap, size = (xp.max(xp.abs(t), axis=(-2, -1)) for t in (a - matrix_transpose_conj(a, xp), a))
-    exact = not (is_traced(a) or carries_derivative(a)) and bool(xp.all(gap == 0))
-    return gap <= tolerance * size, a if exact else hermitian_part(a, xp)
+    gaps = [xp.max(xp.abs(part - matrix_transpose_conj(part, xp)), axis=(-2, -1)) for part in chunks(a, xp)]
+    gap = gaps[0] if len(gaps) == 1 else xp.reshape(xp.concat(gaps), a.shape[:-2])
+    if not (is_traced(a) or carries_derivative(a)) and bool(xp.all(gap == 0)):
+        return gap == 0, a
+    return gap <= tolerance * xp.max(xp.abs(a), axis=(-2, -1)), hermitian_part(a, xp)
 
 
 def _differentiable(solve, p: Array, *, full_rank: bool, xp: Namespace) -> tuple[Array, Work]:

@@ -223,7 +223,9 @@ def numpy_backend(device: str) -> dict:
 def torch_backend(device: str) -> dict:
     import torch
 
-    cuda = device.startswith("cuda")
+    cuda = device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise ValueError("torch finds no CUDA device")
 
     def lacks(kind: str, batch: int) -> dict[str, str]:
         return {"lstsq": "needs full rank on CUDA"} if cuda and kind == "half rank" else {}
@@ -411,7 +413,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="folder for pinv.json and pinv.png")
     parser.add_argument("--backend", choices=BACKENDS, default="torch")
-    parser.add_argument("--device", help="cpu (the default, except for cupy) or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cpu (the default, except for cupy) or cuda")
     parser.add_argument("--dtype", choices=CUTOFF, default="float32", help="of all but kappa = 1e6, which is float64")
     parser.add_argument("--sizes", type=sizes_from, help="comma-separated; those above 128 are single matrices")
     parser.add_argument("--batch", type=positive, help="matrices in a batch; 256 unless given")
@@ -430,7 +432,11 @@ def command(options: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    backend = BACKENDS[options.backend](options.device)
+    try:
+        backend = BACKENDS[options.backend](options.device)
+    except (ImportError, RuntimeError, ValueError) as reason:
+        why = str(reason).splitlines()[0]
+        raise SystemExit(f"pinv.py: no --backend {options.backend} --device {options.device} here: {why}") from None
     sizes = options.sizes or ((16, 49) if options.quick else BATCHED + SINGLE)
     batch = options.batch or (8 if options.quick else 256)
     kappas = (SHOWN, 1e6) if options.quick else KAPPAS
