@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from lowrank._accurate import accurate_cost, accurate_product
@@ -28,22 +28,29 @@ from lowrank._newton import (
     polynomial,
     unit,
 )
-from lowrank._schedule import PRODUCTS, Step, levels, plan
+from lowrank._schedule import Step, levels, plan
 
 # Growth ends when what lies above √_GUARD times the cutoff has E within _GROWN of 1. The guard is where a
-# spectrum's transition from 0 to 1 has the cutoff itself near ½; the rest is corrected by one scalar.
+# spectrum's transition from 0 to 1 has the cutoff itself near ½; the rest is corrected by one scalar, which leaves the
+# upper end of E below 1.22 for all n and rtol. (Purification leads e to 1 from up to 1.247.)
 _GROWN = 0.1
-_GUARD = 2.8
+_GUARD = 2.5
+# What growth is to bring to 1 in one step at least: nearer to 1, a step is too flat to tell the cutoff from it.
+_HIGHEST = 0.85
+# A cutoff σ² above this fraction of σ_max² needs no growth: brought to ½ it leaves the upper end of E below 1.2.
+_NO_GROWTH = 0.45
 # Eager growth looks after two steps of order 9 whether it is done; they lower the resolved cutoff by about this.
 _STRIDE = 64.0
-# A relative distance d of σ from the cutoff shows as |E − ½| ≈ 0.7d, which a purification enlarges 2.46-fold: seven
+# A relative distance d of σ from the cutoff shows as |E − ½| ≥ 0.57d, which a purification enlarges 2.46-fold: seven
 # of them decide all that lies further than about one per cent from the cutoff, and finish it.
 _PURIFICATIONS = 7
 # The coefficients of p(e)/e, p(e) = 126e⁵ − 420e⁶ + 540e⁷ − 315e⁸ + 70e⁹: p = p' = … = p⁗ = 0 at 0, and so is 1 − p
 # at 1.
 _PURIFYING = (0.0, 0.0, 0.0, 0.0, 126.0, -420.0, 540.0, -315.0, 70.0)
-# Random rows that look for what growth has left above the cutoff.
+# Random rows that look for the largest eigenvalue, and for what growth has left above the cutoff.
 _PROBES = 8
+# σ_max to one per cent takes G¹⁶, from G².
+_SQUARINGS = 3
 
 
 class _Solved(NamedTuple):
@@ -54,6 +61,16 @@ class _Solved(NamedTuple):
     products: Array
     bound: Array
     accepted: Array
+
+
+class _Purified(NamedTuple):
+    """X, E = XA and E² on the way to E² = E, how far E is from 1 on the range, and the purifications so far."""
+
+    x: Array
+    e: Array
+    square: Array
+    ends: Array
+    passes: Array
 
 
 class _Growth(NamedTuple):
@@ -87,9 +104,13 @@ def square_pinv(
     zero = xp.zeros_like(cutoff)
     solved = _Solved(xp.zeros_like(a), zero, zero, zero, zero > 0)
     first = functools.partial(_first_step, gram, square, as_matrices(spread * largest), adjoint, xp=xp)
+    pauses: Iterable[float] = levels(rtol, _STRIDE ** (2 / power)) if eager else (rtol,)
     growth = _Growth(None, None, 1.0, (), -1 if definite else 1)
-    for level in levels(rtol, _STRIDE ** (2 / power)) if eager else (rtol,):
-        growth = _grow(growth, a, min(_GUARD * level**power / spread, 0.5), first, xp)
+    if rtol**power >= _NO_GROWTH:
+        start, scale = identity(a, xp) if definite else adjoint, as_matrices(spread * largest)
+        pauses, growth = (), _Growth(start / scale, gram / scale, 1 / spread, (), 1 if definite else 2)
+    for level in pauses:
+        growth = _grow(growth, a, min(_GUARD * level**power / spread, _HIGHEST), first, xp)
         if eager:
             solved = _finish_full_rank(growth, a, solved, xp)
             if level > rtol and not full_rank:
@@ -100,7 +121,11 @@ def square_pinv(
         if full_rank:
             solved = _charge(solved, growth.products, xp)
         else:
-            solved = _finish_at_cutoff(growth, a, rtol**power / spread, solved, hermitian, xp)
+            # How much larger the cutoff is than growth was planned for.
+            excess = _refined(largest, gram, square, xp) / largest
+            growth = growth._replace(products=growth.products + _SQUARINGS)
+            cutoff = xp.where(solved.accepted, cutoff, cutoff * excess ** (1 / power))
+            solved = _finish_at_cutoff(growth, a, rtol**power / spread * excess, solved, hermitian, xp)
     return solved.x, Work(solved.steps, solved.products, solved.bound, cutoff, solved.accepted)
 
 
@@ -109,11 +134,27 @@ def _largest_eigenvalue(gram: Array, square: Array, xp: Namespace) -> Array:
     fourth = frobenius(square, xp) ** 2
     third = xp.real(xp.sum(xp.conj(gram) * square, axis=(-2, -1)))
     safe = xp.where(third > 0, third, xp.ones_like(third))
-    v = from_host(normal(gram.shape[-1], 1), gram, xp)
+    return xp.where(third > 0, xp.maximum(fourth / safe, _rayleigh(gram, square, xp)), xp.ones_like(third))
+
+
+def _refined(largest: Array, gram: Array, square: Array, xp: Namespace) -> Array:
+    """The estimate, from below within about one per cent of σ_max: a Rayleigh quotient after products with G¹⁶.
+
+    Random rows have a part of at least 1/(60n) in an eigenvector, at odds of a million to one, and 96 powers of G leave
+    the mean of the eigenvalues, weighted by 192nd powers, no more than (ln 60n − 2)/192 below the largest.
+    """
+    power = square / as_matrices(largest**2)
+    for _ in range(_SQUARINGS):
+        power = power @ power
+    return xp.maximum(largest, _rayleigh(gram, power, xp))
+
+
+def _rayleigh(gram: Array, power: Array, xp: Namespace) -> Array:
+    """A Rayleigh quotient of G in a few random rows, after products with a power of it."""
+    v = from_host(normal(_PROBES, gram.shape[-1]), gram, xp)
     for _ in range(6):
-        v = unit(square @ v, xp)
-    rayleigh = xp.real(xp.sum(xp.conj(v) * (gram @ v), axis=(-2, -1)))
-    return xp.where(third > 0, xp.maximum(fourth / safe, rayleigh), xp.ones_like(third))
+        v = unit(v @ power, xp)
+    return xp.real(xp.sum(xp.conj(v) * (v @ gram), axis=(-2, -1)))
 
 
 def _first_step(gram: Array, square: Array, scale: Array, adjoint: Array | None, step: Step, *, xp: Namespace) -> Array:
@@ -172,7 +213,7 @@ def _finish_full_rank(growth: _Growth, a: Array, solved: _Solved, xp: Namespace)
 
     def body(state: tuple) -> tuple:
         x, passes, residual, running = state
-        r = -accurate_product(x, a, xp, minus=eye)
+        r = -accurate_product(x, a, xp, minus=1.0)
         found = frobenius(r, xp)
         x = xp.where(as_matrices(running), x + r @ (x + r @ x), x)
         residual = xp.where(running, found, residual)
@@ -199,36 +240,43 @@ def _finish_certified(
     growth: _Growth, a: Array, cutoff: Array, solved: _Solved, hermitian: bool, xp: Namespace
 ) -> _Solved:
     """Finish elements whose eigenvalues of E are near 0 or 1, if A − AXA proves that what was dropped is below the
-    cutoff."""
+    cutoff. What is cheap is looked at first."""
     if all_true(solved.accepted, xp):
         return solved
-    # Every eigenvalue within the ripple of 1 contributes to E − E² as much as the ripple; one halfway contributes ¼.
-    ripple = growth.high - 1
-    gap = frobenius(growth.e - growth.e @ growth.e, xp) <= 1.5 * ripple * math.sqrt(a.shape[-1]) + 0.05
+    square = growth.e @ growth.e
     solved = _charge(solved, 1, xp)
-    if not bool(xp.any(gap & ~solved.accepted)):
+    # Every eigenvalue within the ripple of 1 contributes to E − E² as much as the ripple; one halfway contributes ¼.
+    allowed = 1.1 * (growth.high - 1) * math.sqrt(a.shape[-1]) + 0.05
+    gap = ~solved.accepted & (frobenius(growth.e - square, xp) <= allowed)
+    if not bool(xp.any(gap)):
         return solved
-    gap = gap & _nothing_left(growth, a, cutoff, xp)
-    if not bool(xp.any(gap & ~solved.accepted)):
+    gap = gap & _nothing_left(growth.x, a, cutoff, xp)
+    if not bool(xp.any(gap)):
         return solved
-    found = _purified(growth.x, growth, a, xp.full_like(cutoff, 1.2 * _GROWN), xp)
-    e = accurate_product(found.x, a, xp)
+    zero = xp.zeros_like(cutoff)
+    pure = _Purified(growth.x, growth.e, square, xp.full_like(cutoff, 1.2 * _GROWN), zero)
+    pure = _purify(pure, a, gap, 1, xp)
+    # The ripple is gone, so that nothing halfway can hide in it.
+    gap = gap & (frobenius(pure.e - pure.square, xp) <= 0.05)
+    if not bool(xp.any(gap)):
+        return _charge(solved, 5 * pure.passes, xp)
+    pure = _purify(pure, a, gap, 1, xp)
+    found, e, _ = _polished(pure, a, gap, len(growth.steps), xp)
     # A(I − E)² in place of A(I − E), from which rounding of X does not vanish: it is κ·eps in E.
-    left = accurate_product(a, e, xp, minus=a)
+    left = a - a @ e
     left = left - left @ e
     # tr (MᴴM)² bounds σ_max(M)⁴.
     largest = xp.sqrt(frobenius(matrix_transpose_conj(left, xp) @ left, xp))
-    certified = largest <= 0.9 * cutoff
-    found = found._replace(accepted=gap & certified)
-    spent = 2 * accurate_cost(a, xp) + 2
-    if bool(xp.any(found.accepted & ~solved.accepted)):
-        cleaned = _orthogonalised(found, a, hermitian, xp)
-        solved = _choose(cleaned._replace(products=cleaned.products + spent), solved, xp)
+    certified = gap & (largest <= 0.9 * cutoff)
     # What has been tried in vain is charged too.
-    return _charge(solved, found.products - growth.products + spent, xp)
+    solved = _charge(solved, 5 * pure.passes + xp.where(gap, found.products + 3, zero), xp)
+    if not bool(xp.any(certified)):
+        return solved
+    found = found._replace(products=zero + growth.products, accepted=certified)
+    return _choose(_orthogonalised(found, e, certified, a, hermitian, xp), solved, xp)
 
 
-def _nothing_left(growth: _Growth, a: Array, cutoff: Array, xp: Namespace) -> Array:
+def _nothing_left(x: Array, a: Array, cutoff: Array, xp: Namespace) -> Array:
     """Whether random rows say that no singular value above the cutoff has been left near E = 0.
 
     z ← z(I − AX) takes the ripple, or less, of what is near 1 out of z and leaves the rest.
@@ -237,7 +285,7 @@ def _nothing_left(growth: _Growth, a: Array, cutoff: Array, xp: Namespace) -> Ar
     z = xp.broadcast_to(rows, (*a.shape[:-2], *rows.shape))
     image = z @ a
     for _ in range(math.ceil(math.log(float(xp.finfo(a.dtype).eps)) / math.log(1.2 * _GROWN))):
-        z = z - image @ growth.x
+        z = z - image @ x
         image = z @ a
     # Many values below the cutoff are to pass, even if a few above it then do.
     return frobenius(image, xp) <= 0.5 * math.sqrt(_PROBES * a.shape[-1]) * cutoff
@@ -249,16 +297,19 @@ def _charge(solved: _Solved, products: Any, xp: Namespace) -> _Solved:
 
 
 def _finish_at_cutoff(
-    growth: _Growth, a: Array, at_cutoff: float, solved: _Solved, hermitian: bool, xp: Namespace
+    growth: _Growth, a: Array, at_cutoff: Array, solved: _Solved, hermitian: bool, xp: Namespace
 ) -> _Solved:
-    """Finish what is left, with the cutoff at E = ½."""
+    """Finish what is left, with the cutoff at E = ½; at ``at_cutoff`` it was in E₀."""
     for step in growth.steps:
         at_cutoff = step.follow(at_cutoff)
     level = 0.5 / at_cutoff
-    ends = max(1 - level * (1 - _GROWN), level * growth.high - 1)
-    found = _purified(level * growth.x, growth, a, xp.full_like(solved.bound, ends), xp)
-    found = _orthogonalised(found._replace(accepted=solved.bound >= 0), a, hermitian, xp)
-    return _choose(found, solved, xp)
+    ends = xp.maximum(1 - level * (1 - _GROWN), level * growth.high - 1)
+    x, e = as_matrices(level) * growth.x, as_matrices(level) * growth.e
+    pure = _Purified(x, e, e @ e, ends, xp.zeros_like(ends))
+    pure = _purify(pure, a, ~solved.accepted, _PURIFICATIONS, xp)
+    found, e, decided = _polished(pure, a, ~solved.accepted, len(growth.steps), xp)
+    found = found._replace(products=growth.products + 1 + 5 * pure.passes + found.products)
+    return _choose(_orthogonalised(found, e, decided, a, hermitian, xp), solved, xp)
 
 
 def _purification_residual(r: Array) -> Array:
@@ -266,101 +317,101 @@ def _purification_residual(r: Array) -> Array:
     return r**5 * (126 + r * (-420 + r * (540 + r * (-315 + r * 70))))
 
 
-def _purified(x: Array, growth: _Growth, a: Array, ends: Array, xp: Namespace) -> _Solved:
-    """X ← p(E)E⁻¹X per element until E² = E to rounding, then (3E − 2E²)X with E from split factors."""
-    eps = float(xp.finfo(x.dtype).eps)
-    enough = math.sqrt(eps) / 3
+def _purify(pure: _Purified, a: Array, running: Array, most: int, xp: Namespace) -> _Purified:
+    """X ← p(E)E⁻¹X, up to ``most`` times, until E² = E but for what ``_polished`` removes, in elements ``running``."""
+    x, e, square, ends, passes = pure
+    eps = float(xp.finfo(a.dtype).eps)
     norm = frobenius(a, xp)
-
-    zero = xp.zeros_like(ends)
-    passes, running = zero, zero == 0
-    for _ in range(_PURIFICATIONS):
-        e = x @ a
-        square = e @ e
-        # Below √eps/3 the accurate pass leaves 3r² ≤ eps; below κ·eps there is nothing left to gain.
-        target = xp.maximum(eps * norm * frobenius(x, xp), xp.full_like(norm, enough))
-        running = running & ~(frobenius(e - square, xp) <= target)
+    for _ in range(most):
+        # Below √eps/3 the accurate step leaves 3r² ≤ eps; below κ·eps there is nothing left to gain.
+        enough = xp.maximum(eps * norm * frobenius(x, xp), xp.full_like(norm, math.sqrt(eps) / 3))
+        running = running & ~(frobenius(e - square, xp) <= enough)
         if not is_traced(a) and not bool(xp.any(running)):
             break
         x = xp.where(as_matrices(running), polynomial(e, _PURIFYING, xp, square=square) @ x, x)
+        e = x @ a
+        square = e @ e
         ends = xp.where(running, _purification_residual(ends), ends)
         passes = passes + xp.astype(running, passes.dtype)
-    ends = xp.abs(ends)
-
-    def accurate(state: tuple) -> tuple:
-        x, ends, passes, running = state
-        e = accurate_product(x, a, xp)
-        square = e @ e
-        residual = frobenius(e - square, xp)
-        x = xp.where(as_matrices(running), (3 * e - 2 * square) @ x, x)
-        # Eigenvalues with |e(1 − e)| ≤ ρ ≤ 0.1 are within 1.2ρ of 0 or 1.
-        ends = xp.where(residual <= 0.1, xp.minimum(ends, 1.2 * residual), ends)
-        ends = xp.where(running, ends * ends * (3 - 2 * ends), ends)
-        return x, ends, passes + xp.astype(running, passes.dtype), running & ~(residual <= enough)
-
-    x, ends, finest, _ = _repeat(accurate, (x, ends, zero, zero == 0), 3, a, xp)
-    steps = len(growth.steps) + passes + finest
-    # The pass that finds nothing left to do has formed E and E².
-    looked = xp.where(passes < _PURIFICATIONS, 2 + zero, zero)
-    products = growth.products + 5 * passes + looked + (2 + accurate_cost(a, xp)) * finest
-    return _Solved(x, steps, products, ends, zero == 0)
+    return _Purified(x, e, square, xp.abs(ends), passes)
 
 
-def _orthogonalised(found: _Solved, a: Array, hermitian: bool, xp: Namespace) -> _Solved:
+def _polished(pure: _Purified, a: Array, running: Array, steps: int, xp: Namespace) -> tuple[_Solved, Array, Array]:
+    """(3E − 2E²)X with E from split factors, once or until it is enough, in elements ``running``; its E; and whether
+    that is near E².
+
+    Enough is a residual of eps and not of κ·eps, which rounding of X adds: what the step leaves is κ times as large
+    in AX, what rounding adds is not.
+    """
+    eps = float(xp.finfo(a.dtype).eps)
+
+    def body(state: tuple) -> tuple:
+        x, e, ends, undecided, left, passes, running = state
+        fresh = accurate_product(x, a, xp)
+        square = fresh @ fresh
+        found = frobenius(fresh - square, xp)
+        s = 3 * fresh - 2 * square
+        x, e = (xp.where(as_matrices(running), s @ t, u) for t, u in ((x, x), (fresh, e)))
+        # Eigenvalues with |e(1 − e)| ≤ ρ ≤ 0.1 are within 1.2ρ of 0 or 1; the step leaves 3r² of r.
+        nearer = xp.where(found <= 0.1, xp.minimum(ends, 1.2 * found), ends)
+        ends = xp.where(running, nearer * nearer * (3 - 2 * nearer), ends)
+        undecided = xp.where(running, found > 0.1, undecided)
+        left = xp.where(running, 3 * xp.minimum(left, 1.2 * found) ** 2, left)
+        return x, e, ends, undecided, left, passes + xp.astype(running, passes.dtype), running & (left > eps)
+
+    zero = xp.zeros_like(pure.ends)
+    state = (pure.x, pure.e, pure.ends, zero > 0, zero + 1, zero, running)
+    x, e, ends, undecided, _, passes, _ = _repeat(body, state, 3, a, xp)
+    return _Solved(x, steps + pure.passes + passes, (3 + accurate_cost(a, xp)) * passes, ends, zero == 0), e, ~undecided
+
+
+def _orthogonalised(found: _Solved, e: Array, where: Array, a: Array, hermitian: bool, xp: Namespace) -> _Solved:
     """Remove what X has between a null space and a range.
 
     Purification cannot: any X ← p(XA)X is neutral there. The orthogonal projectors onto the ranges of Aᴴ and A, from
-    EᴴE and FFᴴ with E = XA and F = AX, can; the non-Hermitian parts of E and F say whether they have to.
+    EᴴE and FFᴴ with E = XA and F = AX, can. (A singular value at the cutoff itself may leave E with ½, of which
+    projectors make nothing.)
     """
-    eps = float(xp.finfo(a.dtype).eps)
-    x = found.x
-    e = accurate_product(x, a, xp)
-    f = matrix_transpose_conj(e, xp) if hermitian else accurate_product(a, x, xp)
-    products = found.products + accurate_cost(a, xp) * (1 if hermitian else 2)
-    # Rounding of X alone makes E this much non-Hermitian.
-    unavoidable = eps * frobenius(x, xp) * frobenius(a, xp)
-    defects = [frobenius(t - matrix_transpose_conj(t, xp), xp) for t in (e, f)]
-    needed = xp.maximum(*defects) > unavoidable
-    if not is_traced(a) and not bool(xp.any(needed & found.accepted)):
-        return found._replace(products=products)
+    if not is_traced(a) and not bool(xp.any(where)):
+        return found
     left, spent = _projector(matrix_transpose_conj(e, xp) @ e, xp)
-    right, more = (left, xp.zeros_like(spent)) if hermitian else _projector(f @ matrix_transpose_conj(f, xp), xp)
-    cleaned = left @ x @ right
-    e = accurate_product(cleaned, a, xp)
-    square = e @ e
-    cleaned = (3 * e - 2 * square) @ cleaned
-    # A singular value at the cutoff itself may leave E with ½, of which projectors make nothing.
-    needed = needed & (frobenius(e - square, xp) <= 0.1)
-    # The Gram matrices of E and F, the projections, and the purification.
-    spent = products + spent + more + (1 if hermitian else 2) + 4 + accurate_cost(a, xp)
-    x = xp.where(as_matrices(needed), cleaned, x)
-    return found._replace(
-        x=x, steps=found.steps + xp.astype(needed, found.steps.dtype), products=xp.where(needed, spent, products)
-    )
+    right = left
+    if not hermitian:
+        f = accurate_product(a, found.x, xp)
+        right, more = _projector(f @ matrix_transpose_conj(f, xp), xp)
+        spent = spent + more + 1 + accurate_cost(a, xp)
+    x = xp.where(as_matrices(where), left @ found.x @ right, found.x)
+    return found._replace(x=x, products=found.products + spent + 3)
 
 
 def _projector(g: Array, xp: Namespace) -> tuple[Array, Array]:
     """The orthogonal projector onto the range of Hermitian g with eigenvalues 0 or at least about 1, and its products.
 
-    Most eigenvalues are 1 but for little; where a singular value near the cutoff has left X far from symmetric they are
+    Most eigenvalues are 1 but for little; where singular values near the cutoff have left X far from symmetric they are
     not, and scaled Newton brings them near 1 first.
     """
-    products = xp.zeros_like(xp.real(g[..., 0, 0]))
-    near = frobenius(g - g @ g, xp) <= 0.1
-    if not all_true(near, xp):
-        u = MARGIN * xp.max(xp.sum(xp.abs(g), axis=-1), axis=-1)
-        grown = g / as_matrices(xp.where(u > 1, u, xp.ones_like(u)))
-        # At low = 100·eps what rounding has put into the null space stays far below what purification removes.
-        chosen = plan(100 * float(xp.finfo(g.dtype).eps), 1.0, _GROWN)
-        for step in chosen.steps:
-            grown = apply(step, grown, grown, xp)
-            products = xp.where(near, products, products + (_cost(step) - 1))
-        g = xp.where(as_matrices(near), g, grown)
-    for _ in range(2):
-        g = polynomial(g, _PURIFYING, xp) @ g
     square = g @ g
-    return 3 * square - 2 * (square @ g), products + 11
-
-
-def _cost(step: Step) -> int:
-    return PRODUCTS[len(step.coefficients)]
+    products = 2 + xp.zeros_like(xp.real(g[..., 0, 0]))
+    near = frobenius(g - square, xp) <= 0.1
+    if not all_true(near, xp):
+        u = xp.maximum(MARGIN * xp.max(xp.sum(xp.abs(g), axis=-1), axis=-1), xp.ones_like(products))
+        # Down to 100·eps what rounding has put into the null space stays far below what purification removes.
+        for low, far in ((1 / 16, ~near & (u <= 16)), (100 * float(xp.finfo(g.dtype).eps), ~near & (u > 16))):
+            if not is_traced(g) and not bool(xp.any(far)):
+                continue
+            chosen = plan(low, 1.0, _GROWN)
+            grown = g / as_matrices(u)
+            for step in chosen.steps:
+                grown = apply(step, grown, grown, xp)
+            g = xp.where(as_matrices(far), grown, g)
+            products = products + (chosen.products - len(chosen.steps)) * xp.astype(far, products.dtype)
+        square = g @ g
+    for _ in range(2):
+        # McWeeny's step, the last, leaves 3r².
+        running = frobenius(g - square, xp) > math.sqrt(float(xp.finfo(g.dtype).eps)) / 3
+        if not is_traced(g) and not bool(xp.any(running)):
+            break
+        g = xp.where(as_matrices(running), polynomial(g, _PURIFYING, xp, square=square) @ g, g)
+        square = g @ g
+        products = products + 4 * xp.astype(running, products.dtype)
+    return 3 * square - 2 * (square @ g), products

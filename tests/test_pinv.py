@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from fractions import Fraction
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,57 @@ def test_cutoff_separates_a_gap_of_ten(dtype):
     # A gap between kept and dropped values of relative size 1 turns a perturbation eps·‖A‖ of A
     # into eps·‖A‖·‖X‖² of X, κ = 1/(rtol √10).
     assert norm(x - expected) <= 30 * np.finfo(dtype).eps / (rtol * np.sqrt(10)) * norm(expected)
+
+
+def around_cutoff(kind: str, n: int, rtol: float, rng: np.random.Generator) -> np.ndarray:
+    """Singular values up to 1, the largest, none of them within five per cent of the cutoff."""
+    below, above = 0.95 * rtol, min(1.05 * rtol, 1.0)
+    if kind == "all below":
+        sigma = np.full(n, below)
+    elif kind == "both sides":
+        sigma = np.where(np.arange(n) < n / 2, above, below)
+    else:
+        sigma = rng.uniform(0.7 * rtol, 1, n)
+        sigma = np.where((sigma > below) & (sigma < above), np.where(rng.random(n) < 0.5, below, above), sigma)
+    sigma[0] = 1.0
+    return np.sort(sigma)[::-1]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", ["general", "hermitian", "tall", "wide"])
+@pytest.mark.parametrize("n", [2, 5, 16, 49])
+@pytest.mark.parametrize("rtol", [0.3, 0.5, 0.65, 0.7, 0.9, 0.97])
+def test_large_cutoffs(rtol, n, shape, dtype):
+    rng = np.random.default_rng(n)
+    rows = n if shape in ("general", "hermitian") else n + 7
+    for kind in ("all below", "both sides", "anywhere"):
+        sigma = around_cutoff(kind, n, rtol, rng)
+        rank = int(np.sum(sigma > rtol))
+        u = np.linalg.qr(rng.standard_normal((rows, n)))[0]
+        v = u * rng.choice([-1.0, 1.0], n) if shape == "hermitian" else np.linalg.qr(rng.standard_normal((n, n)))[0]
+        a, exact = (u * sigma) @ v.T, (v[:, :rank] / sigma[:rank]) @ u[:, :rank].T
+        if shape == "wide":
+            a, exact = a.T, exact.T
+        x, info = pinv_newton(a.astype(dtype), rtol=rtol, hermitian=shape == "hermitian", return_info=True)
+        assert info.rank == rank
+        # σ_max from below within one per cent, and rounding.
+        assert 0.985 * rtol <= info.cutoff <= (1 + 1e-5) * rtol
+        # What is kept and what is dropped differ by a tenth of the cutoff, which enlarges eps·‖A‖ tenfold.
+        kappa = sigma[0] / sigma[rank - 1]
+        assert norm(x - exact) <= 50 * kappa * np.finfo(dtype).eps * norm(exact)
+        assert info.residual <= 50 * np.sqrt(n) * kappa * np.finfo(dtype).eps
+
+
+def test_large_cutoffs_when_compiled():
+    rng = np.random.default_rng(0)
+    for rtol in (0.3, 0.7, 0.97):
+        sigma = around_cutoff("both sides", 8, rtol, rng)
+        a, _ = from_spectrum(sigma, 8, 8)
+        rank = int(np.sum(sigma > rtol))
+        exact = np.linalg.pinv(a, rcond=rtol)
+        x, info = jax.jit(partial(pinv_newton, rtol=rtol, return_info=True))(jnp.asarray(a))
+        assert info.rank == rank
+        assert norm(np.asarray(x) - exact) <= 50 * sigma[0] / sigma[rank - 1] * np.finfo(float).eps * norm(exact)
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
