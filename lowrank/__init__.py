@@ -16,7 +16,7 @@ from lowrank.kernels import (
     matern52_kernel,
     squared_distances,
 )
-from lowrank.landmarks import segment_means, uniform
+from lowrank.landmarks import rpcholesky, segment_means, uniform
 from lowrank.pinv import PinvInfo, pinv_newton
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "newton_schedule",
     "nystrom",
     "pinv_newton",
+    "rpcholesky",
     "segment_means",
     "softmax_free_attention",
     "squared_distances",

@@ -232,8 +232,9 @@ def add_to_diagonal(x: Array, alpha: Array | float, xp: Namespace) -> Array:
 
 def add_product(x: Array, a: Array, b: Array, xp: Namespace, *, beta: float = 1.0, alpha: float = 1.0) -> Array:
     """βx + α a @ b, the sum in the product's own pass where the library has that."""
-    if compat.is_torch_array(x) and x.ndim == 3:
-        return xp.baddbmm(x, a, b, beta=beta, alpha=alpha)
+    if compat.is_torch_array(x) and x.ndim in (2, 3):
+        fused = xp.addmm if x.ndim == 2 else xp.baddbmm
+        return fused(x, a, b, beta=beta, alpha=alpha)
     product = a @ b
     if alpha != 1.0:
         product *= alpha

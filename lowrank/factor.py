@@ -48,7 +48,9 @@ from lowrank.kernels import gaussian_kernel
 # 20, −2 with 30. With all points as landmarks K − F Fᵀ is then at most 45 to 65 eps·‖K‖.
 _SHIFT = 30.0
 
-_NAMED = {function.__name__: function for function in (_landmarks.uniform, _landmarks.segment_means)}
+_NAMED = {
+    function.__name__: function for function in (_landmarks.uniform, _landmarks.segment_means, _landmarks.rpcholesky)
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -206,9 +208,9 @@ def nystrom(
         ``functools.partial(gaussian_kernel, lengthscale=…)`` in general. None means that ``x`` *is* K, of shape
         (..., n, n), symmetric.
     landmarks : str, callable, integer indices or points
-        ``"uniform"`` or ``"segment_means"``, the functions of :mod:`lowrank.landmarks`; a callable of the same
-        signature; 1-D integer indices of rows of ``x``, as an array or a list; or points of shape (..., k, d), in the
-        library and dtype of ``x``. Repeated landmarks do no harm.
+        ``"uniform"``, ``"rpcholesky"`` or ``"segment_means"``, the functions of :mod:`lowrank.landmarks`; a callable of
+        the same signature; 1-D integer indices of rows of ``x``, as an array or a list; or points of shape (..., k, d),
+        in the library and dtype of ``x``. Repeated landmarks do no harm.
     rank : int, optional
         How many landmarks; from 1 to n. Needed where they are to be chosen, and at most as many are taken.
     rng : None, int or numpy.random.Generator

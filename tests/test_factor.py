@@ -478,7 +478,7 @@ def test_refused_ranks(xp):
 
 def test_refused_landmarks(xp):
     x = xp.asarray(points(6, 2))
-    with pytest.raises(ValueError, match=r"one of \['segment_means', 'uniform'\].*not 'kmeans'"):
+    with pytest.raises(ValueError, match=r"one of \['rpcholesky', 'segment_means', 'uniform'\].*not 'kmeans'"):
         nystrom(x, landmarks="kmeans", rank=2)
     for bad in ([0, 6], [-1, 2]):
         with pytest.raises(ValueError, match=rf"indices from {min(bad)} to {max(bad)}.*the rows 0 to 5"):

@@ -1,5 +1,7 @@
 """Landmarks: the right rows, drawn alike on every library."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +10,7 @@ from scipy.stats import chisquare
 
 from lowrank._array import to_host
 from lowrank.kernels import gaussian_kernel
-from lowrank.landmarks import segment_means, uniform
+from lowrank.landmarks import rpcholesky, segment_means, uniform
 
 
 def points(*shape, seed=0, dtype=np.float64):
@@ -116,3 +118,111 @@ def test_refused_generator():
 def test_a_matrix_has_no_points_to_average(xp):
     with pytest.raises(ValueError, match=r"segment_means averages points.*\(6, 6\).*choose landmarks='uniform'"):
         segment_means(xp.asarray(points(6, 6)), rank=2, kernel=None)
+
+
+def trace_left(k: np.ndarray, pivots: np.ndarray) -> float:
+    """tr(K − K_z W⁺ K_zᵀ) in float64."""
+    c, w = k[:, pivots], k[np.ix_(pivots, pivots)]
+    return float(np.trace(k) - np.sum(c * (np.linalg.pinv(w, rcond=1e-13, hermitian=True) @ c.T).T))
+
+
+def one_by_one(k: np.ndarray, rank: int, rng: np.random.Generator) -> list[int]:
+    """Randomly pivoted Cholesky as it is defined."""
+    left, pivots = k.copy(), []
+    for _ in range(rank):
+        d = np.clip(np.diagonal(left), 0, None)
+        pivots.append(int(rng.choice(len(k), p=d / d.sum())))
+        column = left[:, pivots[-1]]
+        left = left - np.outer(column, column) / column[pivots[-1]]
+    return pivots
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_rpcholesky_is_distinct_rows_of_the_library(xp, dtype, precomputed):
+    x = points(300, 2, dtype=dtype)
+    kernel = None if precomputed else gaussian_kernel
+    given_ = xp.asarray(gaussian_kernel(x, x) if precomputed else x)
+    indices = rpcholesky(given_, rank=40, kernel=kernel, rng=1)
+    is_indexable(indices, given_)
+    host = to_host(indices)
+    assert host.dtype.kind == "i"
+    assert len(set(host.tolist())) == 40
+    if dtype == np.float64 and to_host(given_).dtype == np.float64:
+        np.testing.assert_array_equal(host, rpcholesky(x, rank=40, kernel=gaussian_kernel, rng=1))
+
+
+def test_rpcholesky_has_the_distribution_of_one_by_one_pivoting():
+    x = np.asarray([0.0, 0.3, 0.5, 1.5, 4.0])[:, None]
+    k = gaussian_kernel(x, x) * np.outer([1, 2, 1, 1, 0.5], [1, 2, 1, 1, 0.5])
+    rng = np.random.default_rng(0)
+    counts = np.zeros((5, 5))
+    for _ in range(6000):
+        i, j = rpcholesky(k, rank=2, kernel=None, rng=rng)
+        counts[i, j] += 1
+    first = np.diagonal(k) / np.trace(k)
+    left = np.diagonal(k) - k**2 / np.diagonal(k)[:, None]
+    expected = 6000 * first[:, None] * left / left.sum(axis=1, keepdims=True)
+    off = ~np.eye(5, dtype=bool)
+    assert counts.sum() == 6000 == counts[off].sum()
+    assert chisquare(counts[off], expected[off] * 6000 / expected[off].sum()).pvalue > 1e-3
+
+
+def test_rpcholesky_in_blocks_is_as_good_as_one_by_one():
+    x = points(500, 3, seed=2)
+    k = gaussian_kernel(x, x)
+    rng = np.random.default_rng(0)
+    blocks = [trace_left(k, rpcholesky(x, rank=60, kernel=gaussian_kernel, rng=rng)) for _ in range(25)]
+    single = [trace_left(k, np.asarray(one_by_one(k, 60, rng))) for _ in range(25)]
+    # Four standard errors of the difference of the means.
+    assert abs(np.mean(blocks) - np.mean(single)) <= 4 * np.sqrt((np.var(blocks) + np.var(single)) / 25)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rtol", [0.3, 0.03, 0.003])
+def test_rpcholesky_stops_at_the_first_pivot_that_is_enough(xp, rtol, dtype):
+    x = points(400, 2, dtype=dtype)
+    k = gaussian_kernel(x.astype(np.float64), x.astype(np.float64))
+    pivots = to_host(rpcholesky(xp.asarray(x), rank=400, kernel=gaussian_kernel, rng=0, rtol=rtol))
+    # A factor of relative error eps leaves the trace right to some eps of itself.
+    slack = 100 * np.finfo(dtype).eps * np.trace(k)
+    assert trace_left(k, pivots) <= rtol * np.trace(k) + slack
+    assert trace_left(k, pivots[:-1]) > rtol * np.trace(k) - slack
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rpcholesky_ends_where_nothing_is_left(xp, dtype):
+    factor = points(120, 7, dtype=dtype)
+    k = xp.asarray(factor @ factor.T)
+    assert rpcholesky(k, rank=50, kernel=None, rng=0).shape == (7,)
+    repeated = xp.asarray(np.ones((60, 3), dtype=dtype))
+    assert rpcholesky(repeated, rank=60, kernel=gaussian_kernel, rng=0).shape == (1,)
+    assert rpcholesky(xp.asarray(np.zeros((9, 9), dtype=dtype)), rank=4, kernel=None, rng=0).shape == (0,)
+
+
+def test_seventy_pivots_do_what_three_hundred_uniform_landmarks_do_not():
+    rng = np.random.default_rng(0)
+    # Nine tenths of the points in one place, the rest spread widely.
+    x = np.concatenate([0.3 * rng.standard_normal((1800, 2)), 3 * rng.standard_normal((200, 2))])
+    kernel = partial(gaussian_kernel, lengthscale=1.5)
+    k = kernel(x, x)
+    chosen = trace_left(k, rpcholesky(x, rank=70, kernel=kernel, rng=0))
+    assert chosen < trace_left(k, uniform(x, rank=300, kernel=kernel, rng=0))
+
+
+def test_what_rpcholesky_refuses(xp):
+    x = xp.asarray(points(6, 2))
+    choose = partial(rpcholesky, kernel=gaussian_kernel, rng=0)
+    with pytest.raises(ValueError, match=r"one set of points, \(n, d\); x has shape \(2, 6, 2\)"):
+        choose(xp.asarray(points(2, 6, 2)), rank=2)
+    with pytest.raises(ValueError, match=r"the square matrix K, as kernel is None; x has shape \(6, 2\)"):
+        rpcholesky(x, rank=2, kernel=None)
+    for bad in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="rtol must be a number in"):
+            choose(x, rank=2, rtol=bad)
+    with pytest.raises(ValueError, match=r"is finite and not negative; k\(x, x\) of row 0 is -1"):
+        rpcholesky(x, rank=2, kernel=lambda a, b: -gaussian_kernel(a, b))
+    with pytest.raises(ValueError, match=r"k\(x, x\) of row 1 is nan"):
+        rpcholesky(xp.asarray(np.diag([1.0, np.nan, 1.0])), rank=2, kernel=None)
+    with pytest.raises(ValueError, match="rank must be from 1 to the number of points"):
+        choose(x, rank=7)

@@ -85,6 +85,7 @@ def test_public_names():
         "newton_schedule",
         "nystrom",
         "pinv_newton",
+        "rpcholesky",
         "segment_means",
         "softmax_free_attention",
         "squared_distances",
