@@ -1,4 +1,5 @@
-"""The tests that numpy, scipy and torch ship for their pseudoinverses pass with ``pinv_newton`` in their place.
+"""The tests that numpy, scipy and torch ship for their pseudoinverses pass with ``pinv_newton`` in their place, and
+those that scikit-learn ships for its ``Nystroem`` with the one of ``lowrank.sklearn``.
 
 The scripts of ``tests/conformance`` run in processes of their own, because they replace functions of those libraries
 before the libraries' tests import them. What of them takes minutes is run by hand, without ``--quick``.
@@ -31,7 +32,12 @@ def run(script: Path, *options: str) -> subprocess.CompletedProcess:
 # The least numbers of cases are those of today's releases, halved: a run that found next to nothing to do has failed.
 @pytest.mark.parametrize(
     ("script", "options", "least"),
-    [("run_numpy.py", ["--quick"], 50), ("run_scipy.py", [], 20), ("run_torch.py", ["--quick"], 30)],
+    [
+        ("run_numpy.py", ["--quick"], 50),
+        ("run_scipy.py", [], 20),
+        ("run_torch.py", ["--quick"], 30),
+        ("run_sklearn.py", [], 60),
+    ],
 )
 def test_the_librarys_own_tests_pass(script, options, least):
     done = run(SCRIPTS / script, *options)

@@ -34,6 +34,7 @@ MAY_KNOW = {
     "factor": {"_array", "kernels", "landmarks"},
     "attention": {"_array", "kernels", "pinv"},
     "nn": {"_array", "attention"},
+    "sklearn": {"_array", "kernels", "landmarks", "factor"},
 }
 
 
