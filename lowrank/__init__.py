@@ -1,8 +1,9 @@
 """Low-rank kernel linear algebra, written once against the Python array API standard.
 
 ``pinv_newton`` inverts by matrix products alone, ``nystrom`` factors kernel matrices from a few landmarks,
-``softmax_free_attention`` attends in time linear in the tokens; each takes and returns NumPy, CuPy, torch or
-JAX arrays. ``lowrank.nn`` holds the torch module and is imported by itself.
+``kernel_ridge`` solves with them to full accuracy, ``softmax_free_attention`` attends in time linear in the tokens;
+each takes and returns NumPy, CuPy, torch or JAX arrays. ``lowrank.nn`` holds the torch module and is imported by
+itself.
 """
 
 from lowrank._schedule import NewtonSchedule, newton_schedule
@@ -18,13 +19,16 @@ from lowrank.kernels import (
 )
 from lowrank.landmarks import rpcholesky, segment_means, uniform
 from lowrank.pinv import PinvInfo, pinv_newton
+from lowrank.solve import KernelRidge, kernel_ridge
 
 __all__ = [
+    "KernelRidge",
     "LowRank",
     "NewtonSchedule",
     "PinvInfo",
     "gaussian_kernel",
     "gaussian_matmul",
+    "kernel_ridge",
     "laplacian_kernel",
     "matern32_kernel",
     "matern52_kernel",

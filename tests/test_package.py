@@ -32,6 +32,7 @@ MAY_KNOW = {
     "pinv": {"_array", "_newton", "_definite", "_truncated", "_tall", "_gradients", "_fused"},
     "landmarks": {"_array"},
     "factor": {"_array", "kernels", "landmarks"},
+    "solve": {"_array", "kernels", "factor"},
     "attention": {"_array", "kernels", "pinv"},
     "nn": {"_array", "attention"},
     "sklearn": {"_array", "kernels", "landmarks", "factor"},
@@ -75,11 +76,13 @@ def test_import_brings_no_heavy_library():
 
 def test_public_names():
     assert sorted(lowrank.__all__) == [
+        "KernelRidge",
         "LowRank",
         "NewtonSchedule",
         "PinvInfo",
         "gaussian_kernel",
         "gaussian_matmul",
+        "kernel_ridge",
         "laplacian_kernel",
         "matern32_kernel",
         "matern52_kernel",
