@@ -6,6 +6,7 @@ each takes and returns NumPy, CuPy, torch or JAX arrays. ``lowrank.nn`` holds th
 itself.
 """
 
+from lowrank._certificate import Certificate
 from lowrank._schedule import NewtonSchedule, newton_schedule
 from lowrank.attention import softmax_free_attention
 from lowrank.factor import LowRank, nystrom
@@ -15,6 +16,7 @@ from lowrank.kernels import (
     laplacian_kernel,
     matern32_kernel,
     matern52_kernel,
+    median_lengthscale,
     squared_distances,
 )
 from lowrank.landmarks import rpcholesky, segment_means, uniform
@@ -22,6 +24,7 @@ from lowrank.pinv import PinvInfo, pinv_newton
 from lowrank.solve import KernelRidge, kernel_ridge
 
 __all__ = [
+    "Certificate",
     "KernelRidge",
     "LowRank",
     "NewtonSchedule",
@@ -32,6 +35,7 @@ __all__ = [
     "laplacian_kernel",
     "matern32_kernel",
     "matern52_kernel",
+    "median_lengthscale",
     "newton_schedule",
     "nystrom",
     "pinv_newton",

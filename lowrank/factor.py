@@ -2,16 +2,14 @@
 
 With landmarks z, C = k(x, z) and W = k(z, z), the approximation is C W⁺ Cᵀ (Williams & Seeger, "Using the Nyström
 method to speed up kernel machines", NeurIPS 2000). F = C L⁻ᵀ with L Lᵀ = W + νI keeps it below K, which is what
-every error estimate rests on; why that holds in rounded arithmetic is derived at ``_SHIFT``. The shifted form is that
-of Tropp, Yurtsever, Udell & Cevher, "Fixed-rank approximation of a positive-semidefinite matrix", NeurIPS 2017.
+every error estimate rests on; the factor L and the shift ν are made in ``_core``.
 """
 
 from __future__ import annotations
 
-import math
+import inspect
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,170 +19,31 @@ from lowrank._array import (
     Array,
     Namespace,
     arithmetic,
-    carries_derivative,
-    device,
-    from_host,
+    has_derivative,
     is_half,
     is_traced,
     namespace,
-    solve_triangular,
+    stop_gradient,
     to_host,
     widest_real,
 )
+from lowrank._core import (
+    checked_block,
+    checked_finite,
+    checked_symmetric,
+    diagonal,
+    shifted_cholesky,
+    solve_right,
+    trace_error,
+)
+from lowrank._low_rank import LowRank
 from lowrank.kernels import gaussian_kernel
 
-# Why K − F Fᵀ ≽ 0 up to roundoff. Rounding makes F Lᵀ = C + E, where E holds the errors of the kernel block and the
-# backward error of the triangular solve. For a vector a put p = Cᵀa and q = Eᵀa. As [W Cᵀ; C K] ≽ 0, p = W^{1/2}h with
-# ‖h‖² ≤ aᵀKa, and with L Lᵀ = W + νI
-#
-#     aᵀ(F Fᵀ − K)a ≤ max_h ‖L⁻¹(W^{1/2}h + q)‖² − ‖h‖² = ‖q‖²/ν,     so     λ_min(K − F Fᵀ) ≥ −‖E‖²/ν.
-#
-# An entry of E is at most γ (|F||L|ᵀ), γ a few eps, so that ‖E‖ ~ γ √(‖K‖‖W‖) and the right shift is proportional to
-# ‖W‖: ν = c·eps·‖W‖ leaves −(γ²/c·eps²)·eps·‖K‖. Taken is the row-sum norm, between ‖W‖₂ and √m‖W‖₂; tr W, up to
-# m‖W‖₂, would be needlessly large for a W near the identity. The error of W itself, and that of its Cholesky factor,
-# must stay below ν, hence float64. c is the smallest number that held in measurements (float32 and float64; repeated
-# points, constant columns, offsets 50 and 10⁴, tight clusters far apart, lengthscales 10⁻³ to 10³; 100 to 600 points,
-# all, half, a tenth of them or means as landmarks): the lowest λ_min(K − F Fᵀ)/(eps·‖K‖) was −46 with c = 10, −21 with
-# 20, −2 with 30. With all points as landmarks K − F Fᵀ is then at most 45 to 65 eps·‖K‖.
-_SHIFT = 30.0
+__all__ = ["LowRank", "nystrom"]
 
 _NAMED = {
     function.__name__: function for function in (_landmarks.uniform, _landmarks.segment_means, _landmarks.rpcholesky)
 }
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LowRank:
-    """A positive semidefinite matrix F Fᵀ of low rank, standing for the kernel matrix K of n points.
-
-    Made by :func:`nystrom`. K − F Fᵀ is positive semidefinite up to roundoff.
-
-    Parameters
-    ----------
-    factor : array, shape (..., n, k)
-        F.
-    landmarks : array, shape (..., k, d), or None
-        The points z, where K was given by points.
-    pivots : integer array, shape (k,), or None
-        Which rows the landmarks are, where they are rows.
-    trace_error : array, shape (...)
-        tr(K − F Fᵀ) for every batch element, which bounds the spectral and the Frobenius norm of K − F Fᵀ. Accumulated
-        in float64 where the library has it; terms that rounding left below zero count as zero.
-    cholesky : array, shape (..., k, k)
-        L, lower triangular: the factor of the rows x′ of any points is k(x′, z) L⁻ᵀ.
-    kernel : callable or None
-        k; None where K itself was given.
-    """
-
-    factor: Array
-    landmarks: Array | None
-    pivots: Array | None
-    trace_error: Array
-    cholesky: Array = field(kw_only=True)
-    kernel: Callable[..., Array] | None = field(kw_only=True)
-
-    @property
-    def rank(self) -> int:
-        """k, the number of columns of F."""
-        return self.factor.shape[-1]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of F Fᵀ, (..., n, n)."""
-        return (*self.factor.shape[:-1], self.factor.shape[-2])
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of F."""
-        return self.factor.dtype
-
-    def __repr__(self) -> str:
-        errors = to_host(self.trace_error)
-        shown = "none" if errors.size == 0 else f"{errors.min():.3g}"
-        if errors.size > 1:
-            shown += f" to {errors.max():.3g}"
-        dtype = str(self.dtype).rsplit(".", 1)[-1]
-        return f"LowRank(shape={self.shape}, rank={self.rank}, dtype={dtype}, trace_error={shown})"
-
-    def __matmul__(self, v: Array) -> Array:
-        """F (Fᵀ v) for v of shape (n,) or (..., n, p), in 2 n k p products."""
-        xp, columns = self._right_side(v, "v")
-        with arithmetic(columns):
-            product = self.factor @ (xp.matrix_transpose(self.factor) @ columns)
-        return product[..., 0] if v.ndim == 1 else product
-
-    def to_dense(self) -> Array:
-        """F Fᵀ as an array, shape (..., n, n)."""
-        xp = namespace(factor=self.factor)
-        with arithmetic(self.factor):
-            return self.factor @ xp.matrix_transpose(self.factor)
-
-    def diagonal(self) -> Array:
-        """The diagonal of F Fᵀ, shape (..., n)."""
-        return namespace(factor=self.factor).sum(self.factor * self.factor, axis=-1)
-
-    def solve(self, b: Array, /, *, ridge: float) -> Array:
-        """The solution of (F Fᵀ + ridge·I) x = b.
-
-        Parameters
-        ----------
-        b : array, shape (n,) or (..., n, p)
-        ridge : float
-            Positive; in the units of K.
-
-        Returns
-        -------
-        array, shape (n,), or (..., n) where F has batch axes, or (..., n, p).
-
-        Raises
-        ------
-        TypeError
-            If ``b`` is not an array of the library and dtype of F.
-        ValueError
-            If ``b`` does not have n rows, or ``ridge`` is not positive and finite.
-
-        Notes
-        -----
-        With [Q₁; Q₂] R = [F; √ridge·I] (thin QR), F (FᵀF + ridge·I)⁻¹ Fᵀ = Q₁Q₁ᵀ and so x = (b − Q₁Q₁ᵀb)/ridge. Neither
-        FᵀF nor its inverse is formed, so the condition number of F does not enter: ‖error‖ ≤ c·eps·‖b‖/ridge.
-        Golub & Van Loan, "Matrix Computations", 4th ed., §6.1.4 (ridge regression by QR) and §2.1.4 (Woodbury).
-        """
-        xp, columns = self._right_side(b, "b")
-        if not (isinstance(ridge, numbers.Real) and math.isfinite(ridge) and ridge > 0):
-            raise ValueError(f"ridge must be a positive finite number, not {ridge!r}; F Fᵀ alone is singular")
-        *batch, n, k = self.factor.shape
-        root = math.sqrt(ridge) * xp.eye(k, dtype=self.dtype, device=device(self.factor))
-        with arithmetic(columns):
-            stacked = xp.concat([self.factor, xp.broadcast_to(root, (*batch, k, k))], axis=-2)
-            q = xp.linalg.qr(stacked, mode="reduced")[0][..., :n, :]
-            solution = (columns - q @ (xp.matrix_transpose(q) @ columns)) / ridge
-        return solution[..., 0] if b.ndim == 1 else solution
-
-    def eigh(self) -> tuple[Array, Array]:
-        """The eigenpairs of F Fᵀ in the range of F, from the singular values and left vectors of F.
-
-        Returns
-        -------
-        eigenvalues : array, shape (..., r), r = min(n, k)
-            Ascending; the other n − r eigenvalues are zero.
-        eigenvectors : array, shape (..., n, r)
-            Orthonormal columns.
-        """
-        xp = namespace(factor=self.factor)
-        with arithmetic(self.factor):
-            u, s, _ = xp.linalg.svd(self.factor, full_matrices=False)
-        return xp.flip(s * s, axis=-1), xp.flip(u, axis=-1)
-
-    def _right_side(self, b: Array, name: str) -> tuple[Namespace, Array]:
-        """The namespace, and b as columns, after checking that F Fᵀ can be applied to them."""
-        xp = namespace(**{"factor": self.factor, name: b})
-        n = self.factor.shape[-2]
-        columns = b[:, None] if b.ndim == 1 else b
-        if b.ndim == 0 or columns.shape[-2] != n:
-            raise ValueError(
-                f"{name} has shape {tuple(b.shape)}; a matrix of shape {self.shape} needs ({n},) or (..., {n}, p)"
-            )
-        return xp, columns
 
 
 def nystrom(
@@ -194,6 +53,7 @@ def nystrom(
     kernel: Callable[..., Array] | None = gaussian_kernel,
     landmarks: str | Callable[..., Array] | Sequence[int] | Array = "uniform",
     rank: int | None = None,
+    rtol: float | None = None,
     rng: int | np.random.Generator | None = None,
 ) -> LowRank:
     """Nyström factorisation of the kernel matrix of n points: K = k(x, x) ≈ F Fᵀ, F of shape (..., n, rank).
@@ -213,6 +73,9 @@ def nystrom(
         in the library and dtype of ``x``. Repeated landmarks do no harm.
     rank : int, optional
         How many landmarks; from 1 to n. Needed where they are to be chosen, and at most as many are taken.
+    rtol : float, optional
+        Take landmarks until tr(K − F Fᵀ) ≤ rtol·tr K, in [0, 1), for a function that decides how many: "rpcholesky", or
+        a callable with the keyword ``rtol``. Then ``rank`` is the most, n if it is not given.
     rng : None, int or numpy.random.Generator
         Handed to the function that chooses the landmarks.
 
@@ -224,17 +87,27 @@ def nystrom(
     Raises
     ------
     TypeError
-        If ``x`` is not an array of float32 or float64, carries derivatives or belongs to a traced program (the core
-        is factored on the host), or ``landmarks`` or ``rank`` is of another type.
+        If ``x`` is not an array of float32 or float64, ``landmarks`` or ``rank`` is of another type, or the function
+        that chooses landmarks does not take ``rtol``.
     ValueError
-        If ``x`` holds NaN or infinite values, an index or the rank is out of range, shapes do not fit, or the kernel
-        returns values that are not finite or not positive semidefinite.
+        If ``x`` holds NaN or infinite values (the first row of them is named), an index, the rank or rtol is out of
+        range, shapes do not fit, or the kernel returns a block of another shape, values that are not finite, a negative
+        diagonal, or a k(z, z) that is not symmetric or not positive semidefinite.
 
     Notes
     -----
     Costs n·k kernel values, n·k² products and the memory of about three F. W = k(z, z) and its Cholesky factor are
     computed in float64 with the shift ν = 30·eps·‖W‖_∞, eps that of the dtype of ``x``: then K − F Fᵀ ≽ −c·eps·‖K‖·I
     for any points and landmarks, and K ≈ F Fᵀ to about 60 eps·‖K‖ if all points are landmarks.
+
+    Differentiable (torch, JAX) in x, landmarks given as points, and parameters of the kernel. A choice of rows has no
+    derivative: indices, chosen or given, are held fixed, and the kernel that a choosing function is handed carries
+    none. A traced program (``jax.jit``, ``jax.grad``) takes landmarks that are given, "uniform" or "segment_means";
+    values cannot be checked there, and a kernel that is not positive semidefinite gives NaN.
+
+    JAX without x64 has no float64: W is then evaluated and factored in float32, with rounding errors of some eps·‖W‖,
+    below the shift. In measurements with up to 800 landmarks (repeated points, offset 10⁴, lengthscales 10⁻³ to 10³)
+    λ_min(K − F Fᵀ) was above −eps·‖K‖ as well; a W that rounding made indefinite would be refused, never mended.
 
     Examples
     --------
@@ -245,66 +118,28 @@ def nystrom(
     (200, 200)
     """
     xp = _checked_points(x, kernel)
-    z, pivots = _resolved(landmarks, x, kernel, rank, rng, xp)
+    z, pivots = _resolved(landmarks, x, kernel, rank, rtol, rng, xp)
+    wide = widest_real(x, xp)
     with arithmetic(x):
         if kernel is None:
             c = xp.take(x, pivots, axis=-1)
-            w = xp.take(c, pivots, axis=-2)
-            diagonal = xp.linalg.diagonal(x)
+            w = xp.astype(xp.take(c, pivots, axis=-2), wide)
         else:
-            c = _checked_block(kernel(x, z), x, z)
-            wide = xp.astype(z, widest_real(z, xp))
-            w = _checked_block(kernel(wide, wide), wide, wide)
-            each = x[..., :, None, :]
-            diagonal = _checked_block(kernel(each, each), each, each)[..., 0, 0]
-        lower = from_host(_shifted_cholesky(to_host(w), eps=float(xp.finfo(x.dtype).eps)), x, xp)
-        factor = _solve_right(lower, c, xp)
-        trace_error = _trace_error(diagonal, factor, xp)
-    return LowRank(factor, z, pivots, trace_error, cholesky=lower, kernel=kernel)
-
-
-def _shifted_cholesky(w: np.ndarray, *, eps: float) -> np.ndarray:
-    """L with L Lᵀ = W + νI in float64, for every matrix of a batch."""
-    w = np.asarray(w, dtype=np.float64)
-    norm = np.max(np.sum(np.abs(w), axis=-1, keepdims=True), axis=-2, keepdims=True)
-    # The floor is for W = 0, where F is to be 0 and not 0/0; its root is far from underflow in single precision.
-    shift = np.maximum(_SHIFT * eps * norm, np.finfo(np.float32).tiny)
-    try:
-        return np.linalg.cholesky(w + shift * np.eye(w.shape[-1]))
-    except np.linalg.LinAlgError:
-        lowest = float(np.linalg.eigvalsh(w).min())
-        raise ValueError(
-            f"the kernel is not positive semidefinite: k(z, z) of the landmarks (shape {w.shape}) has the eigenvalue "
-            f"{lowest:.3g}, below what rounding explains ({-float(shift.max()):.3g})"
-        ) from None
-
-
-def _solve_right(lower: Array, c: Array, xp: Namespace) -> Array:
-    """C L⁻ᵀ. One L for a whole batch is applied to all its rows at once."""
-    shape = c.shape
-    if lower.ndim == 2:
-        c = xp.reshape(c, (-1, shape[-1]))
-    else:
-        lower = xp.broadcast_to(lower, (*shape[:-2], *lower.shape[-2:]))
-    return xp.reshape(xp.matrix_transpose(solve_triangular(lower, xp.matrix_transpose(c), xp)), shape)
-
-
-def _trace_error(diagonal: Array, factor: Array, xp: Namespace) -> Array:
-    wide = widest_real(factor, xp)
-    explained = xp.sum(factor * factor, axis=-1, dtype=wide)
-    left = xp.clip(xp.astype(diagonal, wide) - explained, min=0.0)
-    return xp.astype(xp.sum(left, axis=-1), factor.dtype)
+            c = checked_block(kernel(x, z), x, z)
+            z_wide = xp.astype(z, wide)
+            w = checked_block(kernel(z_wide, z_wide), z_wide, z_wide)
+        along = diagonal(x, kernel, xp)
+        exact = shifted_cholesky(checked_symmetric(w, xp), eps=float(xp.finfo(x.dtype).eps), xp=xp)
+        lower = xp.astype(exact, x.dtype)
+        factor = solve_right(lower, c, xp)
+        error = trace_error(along, factor, xp)
+    return LowRank(factor, z, pivots, error, cholesky=lower, kernel=kernel)
 
 
 def _checked_points(x: Array, kernel: Callable | None) -> Namespace:
     xp = namespace(x=x)
     if is_half(x) or xp.isdtype(x.dtype, "complex floating"):
         raise TypeError(f"x has dtype {x.dtype} (shape {tuple(x.shape)}); convert it to float32 or float64")
-    if is_traced(x) or carries_derivative(x):
-        raise TypeError(
-            "x carries derivatives or belongs to a traced program, and the factorisation is neither differentiable "
-            "nor traceable, for its core is factored on the host; detach x, or factor outside of the transformation"
-        )
     if x.ndim < 2:
         raise ValueError(f"x must have at least two axes, (..., points, features), not the shape {tuple(x.shape)}")
     if kernel is None and x.shape[-1] != x.shape[-2]:
@@ -312,15 +147,18 @@ def _checked_points(x: Array, kernel: Callable | None) -> Namespace:
             f"with kernel=None x is the matrix K and must be square, not of shape {tuple(x.shape)}; "
             "for points, name their kernel"
         )
-    finite = xp.isfinite(x)
-    if not bool(xp.all(finite)):
-        bad = int(xp.sum(xp.astype(xp.logical_not(finite), xp.int32)))
-        raise ValueError(f"x (shape {tuple(x.shape)}) has {bad} NaN or infinite values; remove them before factoring")
+    checked_finite(x, "x", xp)
     return xp
 
 
 def _resolved(
-    landmarks: Any, x: Array, kernel: Callable | None, rank: int | None, rng: Any, xp: Namespace
+    landmarks: Any,
+    x: Array,
+    kernel: Callable | None,
+    rank: int | None,
+    rtol: float | None,
+    rng: Any,
+    xp: Namespace,
 ) -> tuple[Array | None, Array | None]:
     """Landmark points and, if they are rows of x, their indices."""
     if isinstance(landmarks, str):
@@ -330,12 +168,14 @@ def _resolved(
             )
         landmarks = _NAMED[landmarks]
     chosen = callable(landmarks)
-    if rank is None and chosen:
+    if rank is None and rtol is None and chosen:
         raise ValueError("rank, the number of landmarks, is needed where they are to be chosen")
     if rank is not None:
         _landmarks._checked_rank(rank, x)
+    stop = _checked_rtol(rtol, landmarks)
     if chosen:
-        landmarks = landmarks(x, rank=rank, kernel=kernel, rng=rng)
+        most = x.shape[-2] if rank is None else rank
+        landmarks = landmarks(x, rank=most, kernel=_without_derivatives(kernel, x), rng=rng, **stop)
     if isinstance(landmarks, (list, tuple)):
         landmarks = np.asarray(landmarks)
     if not hasattr(landmarks, "ndim"):
@@ -357,8 +197,32 @@ def _resolved(
     return z, pivots
 
 
+def _checked_rtol(rtol: float | None, landmarks: Any) -> dict[str, float]:
+    """rtol as a keyword for the function that chooses landmarks, if it is given and taken."""
+    if rtol is None:
+        return {}
+    if not (isinstance(rtol, numbers.Real) and 0 <= rtol < 1):
+        raise ValueError(f"rtol must be a number in [0, 1), not {rtol!r}")
+    if not callable(landmarks):
+        raise ValueError(f"rtol ({rtol}) decides how many landmarks are chosen, and these are given; leave it out")
+    taken = inspect.signature(landmarks).parameters
+    if "rtol" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        name = getattr(landmarks, "__name__", repr(landmarks))
+        raise TypeError(f"{name} has no keyword rtol to stop by; choose landmarks='rpcholesky', or give rank alone")
+    return {"rtol": float(rtol)}
+
+
+def _without_derivatives(kernel: Callable | None, x: Array) -> Callable | None:
+    """The kernel for choosing landmarks, which is no differentiable step, whatever its parameters carry."""
+    if kernel is None or not has_derivative(x):
+        return kernel
+    return lambda a, b: stop_gradient(kernel(a, b))
+
+
 def _checked_indices(landmarks: Array, x: Array, xp: Namespace) -> Array:
     n = x.shape[-2]
+    if is_traced(landmarks):
+        return landmarks
     indices = to_host(landmarks)
     if indices.size == 0:
         raise ValueError("landmarks is empty; at least one is needed")
@@ -386,25 +250,5 @@ def _checked_landmark_points(z: Array, x: Array, kernel: Callable | None, xp: Na
         raise ValueError(
             f"landmarks have shape {tuple(z.shape)}; for x of shape {tuple(x.shape)} (..., k, {x.shape[-1]})"
         )
-    if carries_derivative(z):
-        raise TypeError("landmarks carries derivatives, and the factorisation is not differentiable; detach it")
-    if not bool(xp.all(xp.isfinite(z))):
-        raise ValueError(f"landmarks (shape {tuple(z.shape)}) has NaN or infinite values")
+    checked_finite(z, "landmarks", xp)
     return z
-
-
-def _checked_block(block: Array, x: Array, z: Array) -> Array:
-    xp = namespace(x=x, block=block)
-    if tuple(block.shape[-2:]) != (x.shape[-2], z.shape[-2]):
-        raise ValueError(
-            f"the kernel returned a block of shape {tuple(block.shape)} for points of shapes {tuple(x.shape)} and "
-            f"{tuple(z.shape)}"
-        )
-    if carries_derivative(block):
-        raise TypeError("the kernel's parameters carry derivatives, and the factorisation is not differentiable")
-    if not bool(xp.all(xp.isfinite(block))):
-        raise ValueError(
-            f"the kernel returned NaN or infinite values for finite points of shapes {tuple(x.shape)} and "
-            f"{tuple(z.shape)}"
-        )
-    return block

@@ -46,7 +46,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from lowrank import landmarks as _landmarks
 from lowrank._array import Array, arithmetic, device, from_host, is_half, namespace, to_host, widest_real
-from lowrank.factor import _SHIFT
+from lowrank._core import SHIFT
 from lowrank.kernels import gaussian_kernel
 
 # Features held at a time by NystroemRidge, 32 MiB of float64: chunks of thousands of rows, at which products run at
@@ -679,7 +679,7 @@ def _whitened(w: np.ndarray, *, eps: float) -> tuple[np.ndarray, np.ndarray, flo
         )
     values, vectors = np.linalg.eigh((w + w.T) / 2)
     # As in lowrank.factor, the floor is for W = 0.
-    shift = max(_SHIFT * eps * float(np.max(np.sum(np.abs(w), axis=1))), float(np.finfo(np.float32).tiny))
+    shift = max(SHIFT * eps * float(np.max(np.sum(np.abs(w), axis=1))), float(np.finfo(np.float32).tiny))
     kept = values > -shift
     clipped = float(np.sum(np.abs(values[~kept])) / max(np.sum(np.abs(values)), shift))
     vectors, values = vectors[:, kept], np.maximum(values[kept], 0.0)

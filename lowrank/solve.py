@@ -215,8 +215,11 @@ def kernel_ridge(
     """
     xp, columns, scale = _checked(x, y, kernel, ridge, tol)
     tol = tol or _default_tol(x, xp)
-    adaptive: dict[str, Any] = {} if rtol is None else {"rtol": rtol}
-    low_rank = nystrom(x, kernel=kernel, landmarks=landmarks, rank=rank, rng=rng, **adaptive)
+    low_rank = nystrom(x, kernel=kernel, landmarks=landmarks, rank=rank, rtol=rtol, rng=rng)
+    if carries_derivative(low_rank.factor):
+        raise TypeError(
+            "the kernel's parameters carry derivatives, and the number of steps depends on values; detach them"
+        )
     with arithmetic(x):
         bound = _checked_bound(low_rank, ridge, tol, xp)
         precondition = _preconditioner(low_rank, ridge)
@@ -471,11 +474,12 @@ def _checked(x: Array, y: Array, kernel: Any, ridge: Any, tol: Any) -> tuple[Nam
         if not (isinstance(value, numbers.Real) and 0 < float(value) < most):
             upper = "finite" if most == math.inf else "below 1"
             raise ValueError(f"{name} must be a positive number, {upper}, not {value!r}")
-    if is_traced(y) or carries_derivative(y):
-        raise TypeError(
-            "y carries derivatives or belongs to a traced program, and the number of steps depends on its values; "
-            "detach it, or solve outside of the transformation"
-        )
+    for name, array in (("x", x), ("y", y)):
+        if is_traced(array) or carries_derivative(array):
+            raise TypeError(
+                f"{name} carries derivatives or belongs to a traced program, and the number of steps depends on its "
+                "values; detach it, or solve outside of the transformation"
+            )
     if not bool(xp.all(xp.isfinite(y))):
         raise ValueError(f"y (shape {tuple(y.shape)}) has NaN or infinite values; remove them and their points first")
     columns = xp.astype(y[:, None] if y.ndim == 1 else y, widest_real(y, xp), copy=False)

@@ -8,12 +8,22 @@ from pathlib import Path
 
 import pytest
 
+# Toy size is --quick, but where a script has its size as an option.
+SMALL = {"out_of_core": ["--rows", "500", "--chunk", "100"]}
 SCRIPTS = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_it_runs_and_leaves_its_plot(script, tmp_path):
-    command = [sys.executable, "-W", "error", str(script), "--quick", "--output", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        str(script),
+        *SMALL.get(script.stem, ["--quick"]),
+        "--output",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip()
     assert (tmp_path / f"{script.stem}.png").read_bytes().startswith(b"\x89PNG")

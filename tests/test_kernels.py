@@ -19,6 +19,7 @@ from lowrank.kernels import (
     laplacian_kernel,
     matern32_kernel,
     matern52_kernel,
+    median_lengthscale,
     squared_distances,
 )
 
@@ -588,3 +589,70 @@ def test_gradients_of_single_elements_under_vmap():
 
     together = torch.func.vmap(torch.func.grad(total))(x)
     torch.testing.assert_close(together, torch.stack([torch.func.grad(total)(element) for element in x]))
+
+
+# The median distance
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_median_lengthscale_is_the_median_distance(xp, dtype):
+    x = points(30, 3, scale=FAR, dtype=dtype)
+    found = median_lengthscale(xp.asarray(x))
+    assert isinstance(found, float)
+    expected = np.median(np.sqrt(exact_distances(x, x))[np.triu_indices(30, 1)])
+    # The sum over 3 features, the quotients and the root: some 6 roundings.
+    assert found == pytest.approx(expected, rel=6 * float(np.finfo(dtype).eps))
+
+
+def test_the_median_lengthscale_of_many_points_is_near_that_of_all(xp):
+    x = points(700, 2, seed=3)
+    distances = np.sort(np.sqrt(exact_distances(x, x))[np.triu_indices(700, 1)])
+    found = median_lengthscale(xp.asarray(x), rng=5)
+    # The share of distances below the median of 2¹⁶ pairs has the standard deviation ½/2⁸; five of them.
+    assert np.searchsorted(distances, found) / distances.size == pytest.approx(0.5, abs=2.5 / 2**8)
+    assert median_lengthscale(x, rng=5) == pytest.approx(found, rel=1e-14)  # every library draws the same pairs
+    assert median_lengthscale(x, rng=6) != found
+
+
+def test_pairs_are_of_distinct_points_and_all_alike():
+    first, second = kernels._pairs(400, np.random.default_rng(0))
+    assert first.size == 2**16
+    assert np.all(first != second)
+    for drawn in (first, second):
+        counts = np.bincount(drawn, minlength=400)
+        # χ² with 399 degrees of freedom is 399 ± 28; six of them.
+        assert np.sum((counts - 2**16 / 400) ** 2) / (2**16 / 400) < 399 + 6 * 28
+
+
+def test_the_median_lengthscale_takes_little_memory():
+    x = points(200_000, 40, dtype=np.float32)
+    tracemalloc.start()
+    median_lengthscale(x, rng=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # A few arrays of 2¹⁸ coordinates and of 2¹⁶ pairs; all points would be 32 MB, all pairs 160 GB.
+    assert peak < 10e6
+
+
+def test_the_median_lengthscale_does_not_overflow():
+    x = np.asarray([[0.0], [3e30], [4e30]], dtype=np.float32)
+    assert median_lengthscale(x) == pytest.approx(3e30, rel=1e-6)
+    assert median_lengthscale(torch.asarray([[0.0], [3.0], [4.0]], dtype=torch.bfloat16)) == 3.0
+
+
+def test_refused_median_lengthscales(xp):
+    with pytest.raises(ValueError, match=r"at least two points.*\(1, 2\)"):
+        median_lengthscale(xp.asarray(points(1, 2)))
+    with pytest.raises(ValueError, match=r"at least two points.*\(2, 3, 4\)"):
+        median_lengthscale(xp.asarray(points(2, 3, 4)))
+    with pytest.raises(ValueError, match=r"is 0\.0, for most points coincide"):
+        median_lengthscale(xp.asarray(np.full((6, 2), 7.3)))
+    with pytest.raises(ValueError, match="is nan, for it holds NaN"):
+        median_lengthscale(xp.asarray(np.full((6, 2), np.nan)))
+    with pytest.raises(TypeError, match="rng must be None"):
+        median_lengthscale(xp.asarray(points(6, 2)), rng="seed")
+
+
+def test_the_median_lengthscale_is_not_for_traced_programs():
+    with pytest.raises(TypeError, match="traced program"):
+        jax.jit(median_lengthscale)(jnp.ones((4, 2)))

@@ -31,11 +31,16 @@ MAY_KNOW = {
     "_fused": {"_array", "_newton", "_fused_kernels"},
     "pinv": {"_array", "_newton", "_definite", "_truncated", "_tall", "_gradients", "_fused"},
     "landmarks": {"_array"},
-    "factor": {"_array", "kernels", "landmarks"},
+    "_core": {"_array"},
+    "_certificate": {"_array", "_core"},
+    "_saved": set(),
+    "_low_rank": {"_array", "landmarks", "_core", "_certificate", "_saved"},
+    "factor": {"_array", "kernels", "landmarks", "_core", "_low_rank"},
     "solve": {"_array", "kernels", "factor"},
     "attention": {"_array", "kernels", "pinv"},
     "nn": {"_array", "attention"},
-    "sklearn": {"_array", "kernels", "landmarks", "factor"},
+    "sklearn": {"_array", "kernels", "landmarks", "_core"},
+    "dask": {"_array", "kernels", "landmarks", "_core", "factor"},
 }
 
 
@@ -76,6 +81,7 @@ def test_import_brings_no_heavy_library():
 
 def test_public_names():
     assert sorted(lowrank.__all__) == [
+        "Certificate",
         "KernelRidge",
         "LowRank",
         "NewtonSchedule",
@@ -86,6 +92,7 @@ def test_public_names():
         "laplacian_kernel",
         "matern32_kernel",
         "matern52_kernel",
+        "median_lengthscale",
         "newton_schedule",
         "nystrom",
         "pinv_newton",

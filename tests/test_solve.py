@@ -457,6 +457,9 @@ def test_derivatives_are_refused_rather_than_wrong():
         kernel_ridge(x, y.clone().requires_grad_(), ridge=1.0, rank=5)
     with pytest.raises(TypeError, match=r"x carries derivatives.*detach"):
         kernel_ridge(x.clone().requires_grad_(), y, ridge=1.0, rank=5, landmarks="uniform")
+    trained = functools.partial(gaussian_kernel, lengthscale=torch.ones((), dtype=x.dtype, requires_grad=True))
+    with pytest.raises(TypeError, match=r"kernel's parameters carry derivatives.*detach"):
+        kernel_ridge(x, y, kernel=trained, ridge=1.0, rank=5, landmarks="uniform")
     x, y = (jax.numpy.asarray(a) for a in problem())
     with pytest.raises(TypeError, match="traced program"):
         jax.jit(lambda y: kernel_ridge(x, y, ridge=1.0, rank=5).coefficients)(y)

@@ -1,0 +1,853 @@
+"""Kernel matrices of more points than memory holds, or than one machine does: Dask arrays chunked by rows.
+
+With the landmarks z and the core L, the factor F = k(x, z) L⁻ᵀ of :mod:`lowrank.factor` is computed row by row: a chunk
+of F needs a chunk of x and k·(d + k) numbers, and whatever is small in the end, FᵀF for one, is a sum over chunks.
+That is all this room rests on. Tasks are pure functions of their chunk, which is why any scheduler gives one result and
+a lost worker changes nothing. Chunks may be of any array library that Dask can hold (NumPy, CuPy); what has the size of
+the landmarks lives on the host, as NumPy arrays.
+
+Landmarks are drawn by randomly pivoted Cholesky in the block form with rejection of Epperly, Tropp & Webber,
+"Embrace rejection: kernel matrix approximation by accelerated randomly pivoted Cholesky", arXiv 2410.03969, 2024;
+there one machine holds the factor, here none does. The ridge fit is the subset of regressors of Rasmussen & Williams,
+"Gaussian Processes for Machine Learning", 2006, §8.3.1, in features in which its penalty is ‖β‖².
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import array_api_compat.numpy as host
+import dask
+import dask.array as da
+import numpy as np
+
+from lowrank import landmarks as _landmarks
+from lowrank._array import (
+    Array,
+    Namespace,
+    arithmetic,
+    from_host,
+    generator,
+    is_half,
+    namespace,
+    to_host,
+    widest_real,
+)
+from lowrank._core import SHIFT, checked_block, checked_symmetric, shifted_cholesky, solve_right
+from lowrank.factor import _checked_indices, _checked_landmark_points
+from lowrank.kernels import gaussian_kernel
+
+# Entries of k(x, z) that a task holds at a time, whatever the size of its chunk: with the float64 copies of the solve
+# some 100 MiB per thread. A chunk of x that is comfortable in memory is not so with rank/d times as many columns.
+_BLOCK_ENTRIES = 2**21
+
+# How many sums a task of the tree adds up: few enough that the adding starts while chunks are being read.
+_FAN_IN = 8
+
+# Proposals per round of RPCholesky. A round reads every chunk, and proposals cost the host b² kernel values, so b is
+# large; but the accepted ones spoil each other's odds, and a round of b lowers the trace by a factor of about b at
+# most. The upper limit keeps the host's b × b matrix below 32 MiB.
+_LEAST_PROPOSALS, _MOST_PROPOSALS = 64, 2048
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ChunkedLowRank:
+    """A positive semidefinite matrix F Fᵀ of low rank, standing for the kernel matrix of the rows of a Dask array.
+
+    Made by :func:`nystrom`. What has n rows is lazy; the rest is on the host.
+
+    Parameters
+    ----------
+    factor : dask array, shape (n, k)
+        F, with the row chunks of x, computed from them anew wherever it is used.
+    landmarks : numpy array, shape (k, d)
+        The points z, in the dtype of x.
+    pivots : numpy integer array, shape (k,), or None
+        Which rows the landmarks are, where they are rows.
+    trace_error : dask array, shape ()
+        tr(K − F Fᵀ), a sum over chunks: ``dask.compute(result.trace_error, …)`` together with what else is wanted of
+        the factor reads each chunk once. Accumulated in float64; terms that rounding left below zero count as zero.
+    cholesky : numpy array, shape (k, k)
+        L in float64, lower triangular.
+    kernel : callable
+        k.
+    """
+
+    factor: da.Array
+    landmarks: np.ndarray
+    pivots: np.ndarray | None
+    trace_error: da.Array
+    cholesky: np.ndarray = field(kw_only=True)
+    kernel: Callable[..., Array] = field(kw_only=True)
+
+    @property
+    def rank(self) -> int:
+        """k, the number of columns of F."""
+        return self.factor.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of F Fᵀ, (n, n)."""
+        return (self.factor.shape[0], self.factor.shape[0])
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of F."""
+        return self.factor.dtype
+
+    def __repr__(self) -> str:
+        chunks = self.factor.numblocks[0]
+        return f"ChunkedLowRank(shape={self.shape}, rank={self.rank}, dtype={self.dtype}, chunks={chunks})"
+
+    def features(self, x_new: Array, /) -> Array:
+        """k(x_new, z) L⁻ᵀ, the rows that x_new would have in F.
+
+        Parameters
+        ----------
+        x_new : dask array chunked by rows, or array, shape (n_new, d)
+            Of the dtype of x.
+
+        Returns
+        -------
+        dask array (lazy) or array, shape (n_new, k)
+            Of the dtype of ``x_new``, and on its device.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :func:`nystrom` for ``x``.
+        """
+        core = _Core(self.landmarks, self.cholesky, self.kernel)
+        return _by_rows(_feature_rows, x_new, core, name="x_new", columns=self.rank)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RidgeFit:
+    """A ridge regression in the features of landmarks, and how well it fits. Made by :func:`ridge`; on the host.
+
+    Parameters
+    ----------
+    coefficients : numpy array, shape (k,) or (k, t)
+        β in float64: the prediction is k(x, z) L⁻ᵀ β.
+    landmarks : numpy array, shape (k, d)
+        The points z, in the dtype of x.
+    pivots : numpy integer array, shape (k,), or None
+        Which rows the landmarks are, where they are rows.
+    trace_error : float
+        tr(K − F Fᵀ) for the rows fitted, from the same pass.
+    residual : numpy array, shape () or (t,)
+        ‖y − Fβ‖₂ over the rows fitted, in the units of y, from the sums of the same pass: right to 1e-7·‖y‖₂.
+    cholesky : numpy array, shape (k, k)
+        L in float64, lower triangular.
+    kernel : callable
+        k.
+    """
+
+    coefficients: np.ndarray
+    landmarks: np.ndarray
+    pivots: np.ndarray | None
+    trace_error: float
+    residual: np.ndarray
+    cholesky: np.ndarray = field(kw_only=True)
+    kernel: Callable[..., Array] = field(kw_only=True)
+
+    def __repr__(self) -> str:
+        worst = float(np.max(self.residual))
+        return f"RidgeFit(rank={len(self.landmarks)}, residual={worst:.3g}, trace_error={self.trace_error:.3g})"
+
+    def predict(self, x_new: Array, /) -> Array:
+        """The fitted function k(x_new, z) L⁻ᵀ β.
+
+        Parameters
+        ----------
+        x_new : dask array chunked by rows, or array, shape (n_new, d)
+            Of the dtype of x.
+
+        Returns
+        -------
+        dask array (lazy) or array, shape (n_new,) or (n_new, t)
+            Of the dtype of ``x_new`` and on its device, with its row chunks; computed in float64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :func:`ridge` for ``x``.
+        """
+        core = _Core(self.landmarks, self.cholesky, self.kernel)
+        columns = None if self.coefficients.ndim == 1 else self.coefficients.shape[1]
+        return _by_rows(_predicted_rows, x_new, core, name="x_new", columns=columns, coefficients=self.coefficients)
+
+
+def nystrom(
+    x: da.Array,
+    /,
+    *,
+    kernel: Callable[..., Array] = gaussian_kernel,
+    landmarks: str | Callable[..., Array] | Sequence[int] | Array = "uniform",
+    rank: int | None = None,
+    rng: int | np.random.Generator | None = None,
+) -> ChunkedLowRank:
+    """Nyström factorisation of the kernel matrix of n points in row chunks: K = k(x, x) ≈ F Fᵀ, F lazy.
+
+    Parameters
+    ----------
+    x : dask array, shape (n, d)
+        Points, float32 or float64, with known row chunks and one chunk of features.
+    kernel : callable
+        Positive semidefinite kernel, ``kernel(a, b)`` the block of shape (..., n, m) for points (..., n, d) and
+        (..., m, d) of the chunks' array library, in their dtype and in float64. On many machines it is pickled.
+    landmarks : str, callable, integer indices or points
+        ``"uniform"``, or ``"rpcholesky"`` for :func:`rpcholesky`; a callable with the signature of the latter, for a
+        tolerance ``functools.partial(rpcholesky, rtol=…)``; 1-D integer indices of rows of ``x``; or points of shape
+        (k, d), in the dtype and the array library of the chunks.
+    rank : int, optional
+        How many landmarks; needed where they are to be chosen, and at most as many are taken.
+    rng : None, int or numpy.random.Generator
+        Handed to the function that chooses the landmarks; ``"uniform"`` draws what it draws for any array.
+
+    Returns
+    -------
+    ChunkedLowRank
+        The lazy factor, the landmarks, and tr(K − F Fᵀ), lazy as well.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is not a Dask array of float32 or float64, or an argument is of another type.
+    ValueError
+        If chunk sizes are unknown, ``x`` is chunked along the features, an index or the rank is out of range, shapes
+        do not fit, or the kernel of the landmarks is not positive semidefinite. While chunks are being computed: if
+        one holds NaN or infinite values, naming its first such row by its number in ``x``.
+
+    Notes
+    -----
+    Landmarks that are points cost no reading of ``x`` at all before the factor is computed; those that are rows are
+    read from the chunks they lie in. The core is that of :func:`lowrank.nystrom`, in float64 on the host, and so is
+    what it promises. A chunk of F has rank/d times the columns of a chunk of x: choose rows per chunk accordingly.
+
+    Examples
+    --------
+    >>> import dask.array as da
+    >>> from lowrank.dask import nystrom
+    >>> x = da.linspace(0.0, 1.0, 200, chunks=50)[:, None]
+    >>> k = nystrom(x, rank=12, rng=0)
+    >>> k
+    ChunkedLowRank(shape=(200, 200), rank=12, dtype=float64, chunks=4)
+    >>> bool(k.trace_error.compute() < 1e-9)
+    True
+    """
+    _checked(x, "x")
+    core, pivots = _core(x, kernel, landmarks, rank, rng)
+    factor = _by_rows(_feature_rows, x, core, name="x", columns=len(core.landmarks))
+    left = da.map_blocks(_unexplained, x, factor, kernel=kernel, drop_axis=1, dtype=np.float64, meta=x._meta)
+    trace_error = left.sum(dtype=np.float64).astype(x.dtype)
+    return ChunkedLowRank(
+        factor, core.landmarks, pivots, trace_error=trace_error, cholesky=core.cholesky, kernel=kernel
+    )
+
+
+def ridge(
+    x: da.Array,
+    y: da.Array,
+    /,
+    *,
+    kernel: Callable[..., Array] = gaussian_kernel,
+    landmarks: str | Callable[..., Array] | Sequence[int] | Array = "uniform",
+    rank: int | None = None,
+    ridge: float,
+    rng: int | np.random.Generator | None = None,
+) -> RidgeFit:
+    """Ridge regression in the features of landmarks, min_β ‖y − Fβ‖² + ridge·‖β‖² with F = k(x, z) L⁻ᵀ, in one pass.
+
+    Parameters
+    ----------
+    x : dask array, shape (n, d)
+        Points, float32 or float64, with known row chunks and one chunk of features.
+    y : dask array, shape (n,) or (n, t)
+        Targets, of the dtype and the array library of ``x``; other row chunks are brought to those of ``x``.
+    kernel, landmarks, rank, rng
+        As for :func:`nystrom`.
+    ridge : float
+        Not negative; in the units of K, and that of kernel ridge regression with F Fᵀ for K. Zero is least squares.
+
+    Returns
+    -------
+    RidgeFit
+        The coefficients, ``predict``, the residual, and the trace error of the landmarks.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` or ``y`` is not a Dask array of float32 or float64, or an argument is of another type.
+    ValueError
+        As :func:`nystrom`, and if ``y`` does not have n rows or ``ridge`` is negative; if a row of ``x`` or ``y`` holds
+        NaN or infinite values, naming the first one; if FᵀF + ridge·I is singular in float64, naming the rank of F.
+
+    Notes
+    -----
+    Every chunk is read once, and reduced to [F y]ᵀ[F y] in float64, (rank + t)² numbers; these are added up in a tree.
+    A task holds 2²¹ entries of k(x, z) at a time, whatever the size of its chunk. The result does not depend on the
+    scheduler, and on the chunks only through the order of the sums. One pass means normal equations: ‖error of β‖ is
+    about eps·(λ_max(FᵀF) + ridge)/(λ_min(FᵀF) + ridge)·‖β‖ with the eps of float64.
+
+    ``distributed`` starts workers with MALLOC_TRIM_THRESHOLD_=65536, which makes glibc map and clear every temporary
+    array anew: fits were measured 2 to 5 times faster on a cluster made after ``dask.config.set`` of
+    ``distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_`` to ``"268435456"`` and of ``…MALLOC_MMAP_THRESHOLD_``
+    to ``"33554432"``.
+
+    Examples
+    --------
+    >>> import dask.array as da
+    >>> from lowrank.dask import ridge
+    >>> x = da.linspace(0.0, 6.0, 200, chunks=50)[:, None]
+    >>> fit = ridge(x, da.sin(x[:, 0]), rank=15, ridge=1e-6, rng=0)
+    >>> bool(abs(fit.predict(x) - da.sin(x[:, 0])).max().compute() < 1e-3)
+    True
+    """
+    _checked(x, "x")
+    y = _checked_targets(y, x)
+    _checked_ridge(ridge)
+    core, pivots = _core(x, kernel, landmarks, rank, rng)
+    shared = dask.delayed(core, traverse=False)
+    parts = [
+        dask.delayed(_sums)(rows, targets, start, shared)
+        for (start, rows), targets in zip(_chunks(x), _blocks(y), strict=True)
+    ]
+    total = dask.compute(_tree(parts))[0]
+    _raise_bad(total.bad_x, "x")
+    _raise_bad(total.bad_y, "y")
+    k = len(core.landmarks)
+    gram, moments, squares = total.products[:k, :k], total.products[:k, k:], np.diagonal(total.products)[k:]
+    coefficients = _ridge_solution(gram, moments, ridge)
+    fitted = np.sum(coefficients * (2 * moments - gram @ coefficients), axis=0)
+    residual = np.sqrt(np.maximum(squares - fitted, 0.0))
+    if y.ndim == 1:
+        coefficients, residual = coefficients[:, 0], residual[0]
+    return RidgeFit(
+        coefficients,
+        core.landmarks,
+        pivots,
+        trace_error=total.trace,
+        residual=residual,
+        cholesky=core.cholesky,
+        kernel=kernel,
+    )
+
+
+def rpcholesky(
+    x: da.Array,
+    /,
+    *,
+    rank: int,
+    kernel: Callable[..., Array],
+    rng: int | np.random.Generator | None = None,
+    rtol: float = 0.0,
+) -> np.ndarray:
+    """Randomly pivoted Cholesky: rows drawn in proportion to what is left of the kernel's diagonal.
+
+    Parameters
+    ----------
+    x : dask array, shape (n, d)
+        Points, float32 or float64, with known row chunks and one chunk of features.
+    rank : int
+        How many rows at most, from 1 to n.
+    kernel : callable
+        As for :func:`nystrom`.
+    rng : None, int or numpy.random.Generator
+        Where the numbers come from; they are drawn on the client, so that the scheduler does not matter, and the chunks
+        matter only where rounding decides.
+    rtol : float
+        Stop at the first pivot with which tr(K − F Fᵀ) ≤ rtol·tr K; from 0 to below 1.
+
+    Returns
+    -------
+    numpy integer array, shape (≤ rank,)
+        Distinct rows in the order drawn. Fewer than ``rank`` if ``rtol`` is reached, or if what is left of every
+        diagonal entry is rounding, below 30·eps·k(x, x): duplicates of one point have rank 1.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is not a Dask array of float32 or float64, or an argument is of another type.
+    ValueError
+        If chunk sizes are unknown, ``x`` is chunked along the features, ``rank`` or ``rtol`` is out of range, or a row
+        holds NaN or infinite values, naming the first one; if the kernel's diagonal is negative or a block of the wrong
+        shape.
+
+    Notes
+    -----
+    A round goes through x: with the k pivots so far, every chunk computes its rows of F and from them what is left of
+    its diagonal, which stays where it is, n numbers in all. The sums over chunks say from which chunk each of b
+    proposals is to come, and the chunk is read again and draws it. The client takes these b·(d + 2) numbers, and
+    accepts a proposal with the probability left/proposed, which makes the pivots those of the one-by-one algorithm; the
+    accepted ones go out as at most b·(d + k) numbers. b is twice the rank, from 64 to 2048; two to four rounds are
+    usual. F is computed anew in every round and never kept: the memory is that of a few blocks of k(x, z) per thread.
+    """
+    _checked(x, "x")
+    if kernel is None:
+        raise ValueError("kernel is None, and a Dask array holds points here, not the matrix K; name their kernel")
+    rank = _landmarks._checked_rank(rank, x)
+    if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real) or not 0 <= float(rtol) < 1:
+        raise ValueError(f"rtol must be a number from 0 to below 1, not {rtol!r}")
+    random = generator(rng)
+    count = min(max(2 * rank, _LEAST_PROPOSALS), _MOST_PROPOSALS)
+    chunks = list(_chunks(x))
+    starts = np.asarray([start for start, _ in chunks])
+    core = _Core(np.zeros((0, x.shape[1]), dtype=x.dtype), np.zeros((0, 0)), kernel)
+    pivots, sent, trace, fresh = np.zeros(0, dtype=np.intp), [], None, 0
+    while True:
+        left = dask.persist(
+            *[dask.delayed(_residual)(rows, start, sent, kernel, fresh) for start, rows in chunks], traverse=False
+        )
+        found = dask.compute(*[dask.delayed(_summary)(part) for part in left])
+        _raise_bad(min(part.bad for part in found), "x")
+        totals = np.asarray([part.total for part in found])
+        if trace is None:
+            trace = float(totals.sum())
+            if trace == 0:
+                return np.zeros(1, dtype=np.intp)  # K = 0, of which any row is a factor
+        # What the trace was before each of the last round's pivots, and is now: the columns of F are nested.
+        columns = np.sum([part.columns for part in found], axis=0)
+        history = totals.sum() + np.append(np.cumsum(columns[::-1])[::-1], 0.0)
+        enough = np.flatnonzero(history <= rtol * trace)
+        if enough.size:
+            return pivots[: max(1, len(pivots) - fresh + int(enough[0]))]
+        if len(pivots) == rank:
+            return pivots
+        rows, points, proposed = _proposals(left, chunks, starts, totals, count, random)
+        accepted, core = _accepted(points, proposed, core, rank, random, x)
+        fresh = len(accepted)
+        if fresh == 0:
+            return pivots
+        pivots = np.append(pivots, rows[accepted])
+        if len(pivots) == rank and rtol == 0:
+            return pivots
+        block = _Block(core.landmarks[-fresh:], core.cholesky[-fresh:])
+        sent = [*sent, *dask.persist(dask.delayed(block, traverse=False))]
+
+
+_NAMED = ("rpcholesky", "uniform")
+
+
+@dataclass(frozen=True, eq=False)
+class _Core:
+    """What a worker needs for the features of its rows: z in the dtype of x and L in float64, on the host."""
+
+    landmarks: np.ndarray
+    cholesky: np.ndarray
+    kernel: Callable[..., Array]
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """The landmarks that a round added, and their rows of L."""
+
+    landmarks: np.ndarray
+    cholesky: np.ndarray
+
+
+# What a task does with the rows of one chunk
+
+
+def _features(x: Array, core: _Core, xp: Namespace, dtype: Any) -> Array:
+    """k(x, z) L⁻ᵀ for some rows, the kernel in the dtype of x and the solve in the one named."""
+    z = from_host(core.landmarks, x, xp)
+    c = checked_block(core.kernel(x, z), x, z)
+    return solve_right(from_host(core.cholesky, x, xp, dtype=dtype), xp.astype(c, dtype, copy=False), xp)
+
+
+def _diagonal(x: Array, kernel: Callable, xp: Namespace) -> Array:
+    """k(x_i, x_i) for every row, in float64 where the library has it."""
+    each = x[:, None, :]
+    diagonal = xp.astype(checked_block(kernel(each, each), each, each)[:, 0, 0], widest_real(x, xp))
+    if bool(xp.any(diagonal < 0)):
+        raise ValueError(f"the kernel has a negative diagonal, k(x, x) = {float(xp.min(diagonal)):.3g} for some row")
+    return diagonal
+
+
+def _feature_rows(x: Array, core: _Core, *, start: int, name: str) -> Array:
+    xp = namespace(x=x)
+    _raise_bad(_first_bad(x, start, xp), name)
+    with arithmetic(x):
+        parts = [_features(x[rows, ...], core, xp, x.dtype) for rows in _row_blocks(x, core)]
+        return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
+
+
+def _predicted_rows(x: Array, core: _Core, *, start: int, name: str, coefficients: np.ndarray) -> Array:
+    xp = namespace(x=x)
+    _raise_bad(_first_bad(x, start, xp), name)
+    wide = widest_real(x, xp)
+    beta = from_host(coefficients, x, xp, dtype=wide)
+    with arithmetic(x):
+        parts = [_features(x[rows, ...], core, xp, wide) @ beta for rows in _row_blocks(x, core)]
+        return xp.astype(parts[0] if len(parts) == 1 else xp.concat(parts, axis=0), x.dtype, copy=False)
+
+
+def _unexplained(x: Array, factor: Array, *, kernel: Callable) -> Array:
+    """The diagonal of K − F Fᵀ for the rows of a chunk; its sum is that of lowrank.factor."""
+    xp = namespace(x=x, factor=factor)
+    diagonal = _diagonal(x, kernel, xp)
+    return xp.clip(diagonal - xp.sum(factor * factor, axis=-1, dtype=diagonal.dtype), min=0.0)
+
+
+class _Sums(NamedTuple):
+    """[F y]ᵀ[F y] and tr(K − F Fᵀ) over some rows, and the first rows that are not finite."""
+
+    products: np.ndarray
+    trace: float
+    bad_x: float
+    bad_y: float
+
+
+def _sums(x: Array, y: Array, start: int, core: _Core) -> _Sums:
+    xp = namespace(x=x, y=y)
+    y = y[:, None] if y.ndim == 1 else y
+    bad_x, bad_y = _first_bad(x, start, xp), _first_bad(y, start, xp)
+    size = len(core.landmarks) + y.shape[1]
+    products, trace = np.zeros((size, size)), 0.0
+    if min(bad_x, bad_y) < math.inf:
+        return _Sums(products, trace, bad_x, bad_y)
+    wide = widest_real(x, xp)
+    with arithmetic(x):
+        for rows in _row_blocks(x, core):
+            f = _features(x[rows, ...], core, xp, wide)
+            left = _diagonal(x[rows, ...], core.kernel, xp) - xp.sum(f * f, axis=-1)
+            both = xp.concat([f, xp.astype(y[rows, ...], wide)], axis=-1)
+            products += to_host(xp.matrix_transpose(both) @ both)
+            trace += float(xp.sum(xp.clip(left, min=0.0)))
+    return _Sums(products, trace, bad_x, bad_y)
+
+
+def _added(parts: Sequence[_Sums]) -> _Sums:
+    products, traces, bad_x, bad_y = zip(*parts, strict=True)
+    return _Sums(sum(products[1:], products[0]), sum(traces), min(bad_x), min(bad_y))
+
+
+class _Residual(NamedTuple):
+    """What is left of the diagonal in a chunk, and the sums of squares of the newest columns of F there."""
+
+    left: Array
+    columns: np.ndarray
+    bad: float
+
+
+class _Summary(NamedTuple):
+    total: float
+    columns: np.ndarray
+    bad: float
+
+
+def _residual(x: Array, start: int, blocks: Sequence[_Block], kernel: Callable, fresh: int) -> _Residual:
+    """The diagonal of K − F Fᵀ for the rows of a chunk, and zero where it is rounding.
+
+    L is not shifted here: no pivot's square is below the same floor, 30 eps of its diagonal entry, so that the errors
+    of the solve, about eps·√(k(x, x)·k(z, z)) in front of the last division by √(30 eps·k(z, z)), leave errors of a few
+    eps in the diagonal.
+    """
+    xp = namespace(x=x)
+    core = _joined(blocks, x, kernel)
+    bad = _first_bad(x, start, xp)
+    wide = widest_real(x, xp)
+    floor = SHIFT * float(xp.finfo(x.dtype).eps)
+    parts, columns = [], np.zeros(fresh)
+    with arithmetic(x):
+        for rows in _row_blocks(x, core) if bad == math.inf else []:
+            diagonal = left = _diagonal(x[rows, ...], kernel, xp)
+            if blocks:
+                f = _features(x[rows, ...], core, xp, x.dtype)
+                squares = f * f
+                left = diagonal - xp.sum(squares, axis=-1, dtype=wide)
+                columns += to_host(xp.sum(squares[:, -fresh:], axis=0, dtype=wide))
+            parts.append(xp.where(left > floor * diagonal, left, xp.zeros_like(left)))
+        left = xp.concat(parts) if parts else xp.zeros((0,), dtype=wide)
+        return _Residual(left, columns, bad)
+
+
+def _joined(blocks: Sequence[_Block], x: Array, kernel: Callable) -> _Core:
+    """The core of all rounds, from what each of them added."""
+    sizes = [len(block.landmarks) for block in blocks]
+    lower = np.zeros((sum(sizes), sum(sizes)))
+    for block, stop in zip(blocks, np.cumsum(sizes), strict=True):
+        lower[stop - len(block.landmarks) : stop, :stop] = block.cholesky
+    points = [block.landmarks for block in blocks]
+    return _Core(np.concatenate(points) if points else np.zeros((0, x.shape[-1])), lower, kernel)
+
+
+def _summary(residual: _Residual) -> _Summary:
+    return _Summary(float(namespace(left=residual.left).sum(residual.left)), residual.columns, residual.bad)
+
+
+def _drawn(residual: _Residual, x: Array, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows at which the running sum passes the targets, these points, and what was left of them."""
+    xp = namespace(x=x)
+    running = xp.cumulative_sum(residual.left)
+    # Strictly below the last of the running sums, so that the row found has something left.
+    below = np.clip(targets, 0.0, np.nextafter(float(running[-1]), 0.0))
+    rows = xp.searchsorted(running, from_host(below, running, xp), side="right")
+    return to_host(rows), to_host(xp.take(x, rows, axis=0)), to_host(xp.take(residual.left, rows, axis=0))
+
+
+def _rows_at(x: Array, rows: np.ndarray) -> np.ndarray:
+    xp = namespace(x=x)
+    return to_host(xp.take(x, from_host(rows, x, xp, dtype=xp.int64), axis=0))
+
+
+def _first_bad(x: Array, start: int, xp: Namespace) -> float:
+    """The number in the whole array of the first row that holds NaN or infinite values; infinity if none does."""
+    bad = xp.logical_not(xp.all(xp.isfinite(x), axis=-1))
+    return start + int(xp.argmax(xp.astype(bad, xp.int32))) if bool(xp.any(bad)) else math.inf
+
+
+def _raise_bad(row: float, name: str) -> None:
+    if row < math.inf:
+        raise ValueError(f"row {row} of {name} holds NaN or infinite values; remove such rows first")
+
+
+def _row_blocks(x: Array, core: _Core) -> Iterator[slice]:
+    """Slices of rows with few enough entries of k(x, z); one slice of no rows if there are none."""
+    step = max(1, _BLOCK_ENTRIES // max(1, len(core.landmarks)))
+    return (slice(i, min(i + step, x.shape[0])) for i in range(0, max(1, x.shape[0]), step))
+
+
+# What the client does with what is small
+
+
+def _core(x: da.Array, kernel: Callable, landmarks: Any, rank: int | None, rng: Any) -> tuple[_Core, np.ndarray | None]:
+    """The landmarks and the Cholesky factor of their kernel, as lowrank.factor has them."""
+    if kernel is None:
+        raise ValueError("kernel is None, and a Dask array holds points here, not the matrix K; name their kernel")
+    points, pivots = _resolved(landmarks, x, kernel, rank, rng)
+    meta = x._meta
+    xp = namespace(x=meta)
+    wide = from_host(points, meta, xp, dtype=widest_real(meta, xp))
+    with arithmetic(wide):
+        w = to_host(checked_symmetric(checked_block(kernel(wide, wide), wide, wide), xp)).astype(np.float64)
+    return _Core(points, shifted_cholesky(w, eps=float(xp.finfo(meta.dtype).eps), xp=host), kernel), pivots
+
+
+def _resolved(
+    landmarks: Any, x: da.Array, kernel: Callable, rank: int | None, rng: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Landmark points and, if they are rows of x, their indices."""
+    if isinstance(landmarks, str) and landmarks not in _NAMED:
+        raise ValueError(f"landmarks must be one of {list(_NAMED)}, a callable, indices or points, not {landmarks!r}")
+    chosen = isinstance(landmarks, str) or callable(landmarks)
+    if rank is None and chosen:
+        raise ValueError("rank, the number of landmarks, is needed where they are to be chosen")
+    if rank is not None:
+        _landmarks._checked_rank(rank, x)
+    if isinstance(landmarks, str) and landmarks == "uniform":
+        landmarks = generator(rng).choice(x.shape[0], size=rank, replace=False)
+    elif chosen:
+        choose: Callable = rpcholesky if isinstance(landmarks, str) else landmarks
+        landmarks = choose(x, rank=rank, kernel=kernel, rng=rng)
+    if isinstance(landmarks, (list, tuple)):
+        landmarks = np.asarray(landmarks)
+    if not hasattr(landmarks, "ndim"):
+        raise TypeError(f"landmarks must be a name, a callable, indices or points, not {type(landmarks).__name__}")
+    if isinstance(landmarks, da.Array):
+        landmarks = landmarks.compute()
+    count = landmarks.shape[0] if landmarks.ndim else 0
+    if count > x.shape[0]:
+        raise ValueError(f"there are {count} landmarks for {x.shape[0]} points (x has shape {x.shape}); give fewer")
+    if rank is not None and (count > rank if chosen else count != rank):
+        raise ValueError(f"rank is {rank} and there are {count} landmarks; leave out rank, or make them agree")
+    if landmarks.ndim == 1:
+        pivots = _checked_indices(landmarks, x, host)
+        return _rows(x, pivots), pivots
+    # The shape and the array library of x, and no memory.
+    meta = x._meta
+    xp = namespace(x=meta)
+    like = xp.broadcast_to(xp.zeros((1, 1), dtype=meta.dtype), x.shape)
+    return to_host(_checked_landmark_points(landmarks, like, kernel, xp)), None
+
+
+def _rows(x: da.Array, indices: np.ndarray) -> np.ndarray:
+    """Some rows of x, on the host; only the chunks that hold them are read."""
+    chunks = list(_chunks(x))
+    starts = np.asarray([start for start, _ in chunks])
+    owner = np.searchsorted(starts, indices, side="right") - 1
+    owners = np.unique(owner)
+    found = dask.compute(*[dask.delayed(_rows_at)(chunks[i][1], indices[owner == i] - starts[i]) for i in owners])
+    rows = np.empty((len(indices), x.shape[1]), dtype=x.dtype)
+    for i, part in zip(owners, found, strict=True):
+        rows[owner == i] = part
+    bad = indices[~np.all(np.isfinite(rows), axis=1)]
+    _raise_bad(float("inf") if bad.size == 0 else int(bad.min()), "x")
+    return rows
+
+
+def _proposals(
+    left: Sequence[Any], chunks: list, starts: np.ndarray, totals: np.ndarray, count: int, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows drawn in proportion to what is left of the diagonal, these points, and what was left of them."""
+    running = np.cumsum(totals)
+    targets = np.minimum(random.random(count) * running[-1], np.nextafter(running[-1], 0.0))
+    owner = np.searchsorted(running, targets, side="right")
+    targets = targets - (running - totals)[owner]
+    owners = np.unique(owner)
+    found = dask.compute(*[dask.delayed(_drawn)(left[i], chunks[i][1], targets[owner == i]) for i in owners])
+    order = np.argsort(np.concatenate([np.flatnonzero(owner == i) for i in owners]))
+    rows, points, proposed = (np.concatenate(parts)[order] for parts in zip(*found, strict=True))
+    return rows + starts[owner], points, proposed
+
+
+def _accepted(
+    points: np.ndarray, proposed: np.ndarray, core: _Core, rank: int, random: np.random.Generator, x: da.Array
+) -> tuple[np.ndarray, _Core]:
+    """Which proposals the one-by-one algorithm would have drawn, and the core with them, all in float64.
+
+    Given the proposals so far, one is accepted with the probability (left of it now)/(left of it when proposed).
+    """
+    meta = x._meta
+    xp = namespace(x=meta)
+    wide = widest_real(meta, xp)
+    p, z = (from_host(values, meta, xp, dtype=wide) for values in (points, core.landmarks))
+    with arithmetic(p):
+        block = np.asarray(to_host(checked_block(core.kernel(p, p), p, p)), dtype=np.float64)
+        f = np.zeros((len(points), 0))
+        if len(core.landmarks):
+            c = checked_block(core.kernel(p, z), p, z)
+            f = np.asarray(to_host(solve_right(from_host(core.cholesky, p, xp), c, xp)), dtype=np.float64)
+    floor = SHIFT * float(xp.finfo(meta.dtype).eps) * np.diagonal(block)
+    left = np.diagonal(block) - np.sum(f * f, axis=1)
+    new = np.zeros((len(points), min(len(points), rank - len(core.landmarks))))
+    accepted: list[int] = []
+    for j, chance in enumerate(random.random(len(points))):
+        m = len(accepted)
+        if m == new.shape[1]:
+            break
+        if left[j] <= floor[j] or chance * proposed[j] >= left[j]:
+            continue
+        column = block[:, j] - f @ f[j] - new[:, :m] @ new[j, :m]
+        new[:, m] = column / math.sqrt(left[j])
+        new[j, m] = math.sqrt(left[j])
+        left = left - new[:, m] ** 2
+        accepted.append(j)
+    k, m = len(core.landmarks), len(accepted)
+    lower = np.zeros((k + m, k + m))
+    lower[:k, :k] = core.cholesky
+    lower[k:, :k] = f[accepted]
+    lower[k:, k:] = np.tril(new[accepted, :m])
+    return np.asarray(accepted, dtype=np.intp), _Core(
+        np.concatenate([core.landmarks, points[accepted]]), lower, core.kernel
+    )
+
+
+def _ridge_solution(gram: np.ndarray, moments: np.ndarray, ridge: float) -> np.ndarray:
+    """(FᵀF + ridge·I)⁻¹ Fᵀy, by the eigenvalues of FᵀF, which say its rank as well."""
+    values, vectors = np.linalg.eigh(gram)
+    # The sums over many rows and the eigenvalues are both right to some k·eps·λ_max.
+    floor = len(values) * float(np.finfo(np.float64).eps) * float(values[-1])
+    if values[0] + ridge <= floor:
+        raise ValueError(
+            f"FᵀF + ridge·I is singular: F has {len(values)} columns, the rank {int(np.sum(values > floor))} in "
+            f"float64, and ridge is {ridge}; make it larger than {floor:.3g}, or take fewer landmarks"
+        )
+    return vectors @ ((vectors.T @ moments) / (values + ridge)[:, None])
+
+
+# How Dask arrays are taken apart and put together
+
+
+def _by_rows(
+    function: Callable, x: Array, core: _Core, /, *, name: str, columns: int | None, **arguments: Any
+) -> Array:
+    """function(rows, core, start=…) lazily for every chunk of a Dask array, at once for another array."""
+    if isinstance(x, da.Array):
+        _checked(x, name)
+    _checked_features(x, core, name)
+    if not isinstance(x, da.Array):
+        return function(x, core, start=0, name=name, **arguments)
+    shape: dict[str, Any] = {"drop_axis": 1} if columns is None else {"chunks": (x.chunks[0], (columns,))}
+    shared = dask.delayed(core, traverse=False)
+    arguments |= {"function": function, "core": shared, "called": name}
+    return da.map_blocks(_located, x, **arguments, **shape, dtype=x.dtype, meta=x._meta)
+
+
+def _located(
+    x: Array, *, function: Callable, core: _Core, called: str, block_info: Any = None, **arguments: Any
+) -> Array:
+    return function(x, core, start=block_info[0]["array-location"][0][0], name=called, **arguments)
+
+
+def _chunks(x: da.Array) -> Iterator[tuple[int, Any]]:
+    """The number of the first row and the delayed rows of every chunk."""
+    starts = np.cumsum([0, *x.chunks[0][:-1]]).tolist()
+    return zip(starts, _blocks(x), strict=True)
+
+
+def _blocks(x: da.Array) -> list:
+    """The delayed chunks. Their graph is not optimised, so that what two arrays have in common is computed once."""
+    return x.to_delayed(optimize_graph=False).ravel().tolist()
+
+
+def _tree(parts: list) -> Any:
+    while len(parts) > 1:
+        parts = [dask.delayed(_added)(parts[i : i + _FAN_IN]) for i in range(0, len(parts), _FAN_IN)]
+    return parts[0]
+
+
+def _checked(x: Any, name: str) -> None:
+    if not isinstance(x, da.Array):
+        raise TypeError(
+            f"{name} must be a Dask array, not {type(x).__name__}; wrap it by dask.array.from_array, or use the "
+            "functions for arrays in memory"
+        )
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have two axes, (points, features), not the shape {x.shape}")
+    _checked_sizes(x, name)
+    if x.numblocks[1] != 1:
+        raise ValueError(
+            f"{name} has {x.numblocks[1]} chunks along its second axis (shape {x.shape}) and must have one; "
+            f"rechunk it by {name}.rechunk({{1: -1}})"
+        )
+    if x.shape[0] == 0:
+        raise ValueError(f"{name} has no rows (shape {x.shape})")
+    xp = namespace(**{name: x._meta})
+    if is_half(x._meta) or xp.isdtype(x.dtype, "complex floating"):
+        raise TypeError(f"{name} has dtype {x.dtype} (shape {x.shape}); convert it to float32 or float64")
+
+
+def _checked_sizes(x: da.Array, name: str) -> None:
+    if any(math.isnan(size) for axis in x.chunks for size in axis):
+        raise ValueError(
+            f"{name} has chunks of unknown size (shape {x.shape}); compute them by {name}.compute_chunk_sizes()"
+        )
+
+
+def _checked_targets(y: Any, x: da.Array) -> da.Array:
+    """y in the row chunks of x."""
+    if not isinstance(y, da.Array):
+        raise TypeError(
+            f"y must be a Dask array, not {type(y).__name__}; wrap it by "
+            "dask.array.from_array(y, chunks=(x.chunks[0], …))"
+        )
+    _checked_sizes(y, "y")
+    if y.ndim not in (1, 2) or y.shape[0] != x.shape[0]:
+        raise ValueError(f"y has shape {y.shape}; for x of shape {x.shape} it must be ({x.shape[0]},) or (…, t)")
+    namespace(x=x._meta, y=y._meta)
+    return y.rechunk((x.chunks[0],) if y.ndim == 1 else (x.chunks[0], -1))
+
+
+def _checked_features(x: Array, core: _Core, name: str) -> None:
+    """That k(x, z) makes sense."""
+    if not isinstance(x, da.Array):
+        namespace(**{name: x})
+    if x.ndim != 2 or x.shape[1] != core.landmarks.shape[1]:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; the landmarks need (n_new, {core.landmarks.shape[1]})")
+    if str(x.dtype).rsplit(".", 1)[-1] != str(core.landmarks.dtype):
+        raise TypeError(f"{name} has dtype {x.dtype} and the landmarks have {core.landmarks.dtype}; convert {name}")
+
+
+def _checked_ridge(ridge: Any) -> None:
+    if (
+        isinstance(ridge, bool)
+        or not isinstance(ridge, numbers.Real)
+        or not (math.isfinite(ridge) and float(ridge) >= 0)
+    ):
+        raise ValueError(f"ridge must be a finite number, not negative, not {ridge!r}")
