@@ -196,6 +196,22 @@ def solve_triangular(lower: Array, b: Array, xp: Namespace) -> Array:
     return linalg.solve_triangular(lower, b, lower=True)
 
 
+def cholesky(a: Array, xp: Namespace) -> Array:
+    """The lower Cholesky factor, of NaN where there is none, whether the library raises there or not."""
+    if compat.is_torch_array(a):
+        lower, failed = xp.linalg.cholesky_ex(a)
+        return xp.where((failed != 0)[..., None, None], xp.full_like(lower, float("nan")), lower)
+    try:
+        if compat.is_cupy_array(a):
+            import cupyx
+
+            with cupyx.errstate(linalg="raise"):
+                return xp.linalg.cholesky(a)
+        return xp.linalg.cholesky(a)
+    except np.linalg.LinAlgError:
+        return xp.full_like(a, float("nan"))
+
+
 def is_on_cpu(x: Array) -> bool:
     """Whether x lives in the host's memory, where small caches reward small chunks."""
     return compat.is_numpy_array(x) or str(getattr(compat.device(x), "platform", compat.device(x))).lower().startswith(

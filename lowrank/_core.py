@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import array_api_compat as compat
 import numpy as np
 
 from lowrank._array import (
     Array,
     Namespace,
     arithmetic,
+    cholesky,
     device,
     is_traced,
     namespace,
@@ -58,7 +58,7 @@ def shifted_cholesky(w: Array, *, eps: float, xp: Namespace) -> Array:
     norm = xp.max(xp.sum(xp.abs(stop_gradient(w)), axis=-1, keepdims=True), axis=-2, keepdims=True)
     # The floor is for W = 0, where F is to be 0 and not 0/0; its root is far from underflow in single precision.
     shift = xp.clip(SHIFT * eps * norm, min=float(np.finfo(np.float32).tiny))
-    lower = _cholesky(w + shift * xp.eye(w.shape[-1], dtype=w.dtype, device=device(w)), xp)
+    lower = cholesky(w + shift * xp.eye(w.shape[-1], dtype=w.dtype, device=device(w)), xp)
     if not is_traced(lower) and not bool(xp.all(xp.isfinite(lower))):
         lowest = float(np.linalg.eigvalsh(to_host(w)).min())
         raise ValueError(
@@ -66,22 +66,6 @@ def shifted_cholesky(w: Array, *, eps: float, xp: Namespace) -> Array:
             f"eigenvalue {lowest:.3g}, below what rounding explains ({-float(np.max(to_host(shift))):.3g})"
         )
     return lower
-
-
-def _cholesky(a: Array, xp: Namespace) -> Array:
-    """The lower Cholesky factor, of NaN where there is none, on libraries that raise as on those that do not."""
-    if compat.is_torch_array(a):
-        lower, failed = xp.linalg.cholesky_ex(a)
-        return xp.where((failed != 0)[..., None, None], xp.full_like(lower, float("nan")), lower)
-    try:
-        if compat.is_cupy_array(a):
-            import cupyx
-
-            with cupyx.errstate(linalg="raise"):
-                return xp.linalg.cholesky(a)
-        return xp.linalg.cholesky(a)
-    except np.linalg.LinAlgError:
-        return xp.full_like(a, float("nan"))
 
 
 def solve_right(lower: Array, c: Array, xp: Namespace) -> Array:
