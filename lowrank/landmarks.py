@@ -145,7 +145,7 @@ def rpcholesky(
     Returns
     -------
     integer array, shape (k,), k ≤ rank
-        Distinct indices in the order drawn.
+        Distinct indices in the order drawn, one at least.
 
     Raises
     ------
@@ -200,7 +200,8 @@ def rpcholesky(
             left = xp.where(left > negligible, left, xp.zeros_like(left))
             pivots = np.concatenate([pivots, chosen])
             factor.append(columns)
-    return _index_array(pivots, x, xp)
+    # Of K = 0 any row is a factor.
+    return _index_array(pivots if pivots.size else np.zeros(1, dtype=np.int64), x, xp)
 
 
 def _diagonal(x: Array, kernel: Callable | None, xp: Namespace) -> Array:

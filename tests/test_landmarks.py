@@ -197,7 +197,7 @@ def test_rpcholesky_ends_where_nothing_is_left(xp, dtype):
     assert rpcholesky(k, rank=50, kernel=None, rng=0).shape == (7,)
     repeated = xp.asarray(np.ones((60, 3), dtype=dtype))
     assert rpcholesky(repeated, rank=60, kernel=gaussian_kernel, rng=0).shape == (1,)
-    assert rpcholesky(xp.asarray(np.zeros((9, 9), dtype=dtype)), rank=4, kernel=None, rng=0).shape == (0,)
+    assert rpcholesky(xp.asarray(np.zeros((9, 9), dtype=dtype)), rank=4, kernel=None, rng=0).shape == (1,)
 
 
 def test_seventy_pivots_do_what_three_hundred_uniform_landmarks_do_not():
