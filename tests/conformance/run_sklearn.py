@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 
-# Before scipy is imported: scikit-learn dispatches to other arrays only if scipy does.
-os.environ["SCIPY_ARRAY_API"] = "1"
+if __name__ == "__main__":
+    # Before scipy is imported: scikit-learn dispatches to other arrays only if scipy does.
+    os.environ["SCIPY_ARRAY_API"] = "1"
 
 import sys
 from collections.abc import Iterator
