@@ -723,7 +723,7 @@ def _finite(block: Array, X: Any, Z: Any) -> Array:
 
 def _checked_indices(indices: np.ndarray, n: int) -> np.ndarray:
     if indices.size == 0:
-        raise ValueError("there are no landmarks: none was given, or the kernel matrix they were chosen from is zero")
+        raise ValueError("there are no landmarks; give one at least")
     if indices.dtype.kind not in "iu":
         raise ValueError(
             f"landmarks of shape {indices.shape} and dtype {indices.dtype} are neither integer indices nor points; "
