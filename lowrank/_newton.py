@@ -30,7 +30,7 @@ from lowrank._schedule import Step, remembered
 # Chebyshev polynomial outside [−1, 1]; two per cent of σ² keep it inside.
 MARGIN = 1.02
 # Numbers in a chunk of the batch: on a CPU such that its matrices stay in the cache, elsewhere for memory.
-_CHUNK = {True: 5 << 16, False: 1 << 27}
+_CHUNK = {True: 7 << 15, False: 1 << 27}
 
 
 class Work(NamedTuple):
