@@ -180,7 +180,7 @@ def _inverse(p: Array, start: _Deflation, chosen: Plan, xp: Namespace) -> Array:
 
 
 def _apply_accurately(step: Step, x: Array, a: Array, xp: Namespace) -> Array:
-    """The same with R from an accurate E, and S(R)X as c₀X plus what is small, for the last step.
+    """X ← sS(R)X with R from an accurate E, and S(R)X as c₀X plus what is small, for the last step.
 
     Formed in working precision, E would have an error of order κ·eps, and X one of κ·eps from the left, so that AX
     were right to κ²·eps only.

@@ -190,7 +190,7 @@ def _choose(found: _Solved, solved: _Solved, xp: Namespace) -> _Solved:
 def _finish_full_rank(growth: _Growth, a: Array, solved: _Solved, xp: Namespace) -> _Solved:
     """Finish elements all of whose eigenvalues of E are near 1: nothing is dropped, and Newton needs no purification.
 
-    A step of order 3 with R = I − E from split factors is the last; where R was too large for it, it is repeated.
+    A step of order 3 with R = I − E from an accurate E is the last; where R was too large for it, it is repeated.
     """
     n, eps = a.shape[-1], float(xp.finfo(a.dtype).eps)
     eye = identity(a, xp)
@@ -337,7 +337,7 @@ def _purify(pure: _Purified, a: Array, running: Array, most: int, xp: Namespace)
 
 
 def _polished(pure: _Purified, a: Array, running: Array, steps: int, xp: Namespace) -> tuple[_Solved, Array, Array]:
-    """(3E − 2E²)X with E from split factors, once or until it is enough, in elements ``running``; its E; and whether
+    """(3E − 2E²)X with an accurate E, once or until it is enough, in elements ``running``; its E; and whether
     that is near E².
 
     Enough is a residual of eps and not of κ·eps, which rounding of X adds: what the step leaves is κ times as large
