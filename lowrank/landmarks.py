@@ -166,7 +166,7 @@ def rpcholesky(
     if x.ndim != 2 or (kernel is None and x.shape[-1] != n):
         what = "the square matrix K, as kernel is None" if kernel is None else "one set of points, (n, d)"
         raise ValueError(f"rpcholesky takes {what}; x has shape {tuple(x.shape)}")
-    if not 0 <= rtol < 1:
+    if not (isinstance(rtol, (int, float, np.number)) and 0 <= rtol < 1):
         raise ValueError(f"rtol must be a number in [0, 1), not {rtol!r}")
     if is_half(x) or xp.isdtype(x.dtype, "complex floating") or is_traced(x):
         raise TypeError(f"x must be an array of float32 or float64 outside of a traced program, not {x.dtype}")

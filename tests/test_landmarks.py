@@ -217,7 +217,7 @@ def test_what_rpcholesky_refuses(xp):
         choose(xp.asarray(points(2, 6, 2)), rank=2)
     with pytest.raises(ValueError, match=r"the square matrix K, as kernel is None; x has shape \(6, 2\)"):
         rpcholesky(x, rank=2, kernel=None)
-    for bad in (1.0, -0.1, float("nan")):
+    for bad in (1.0, -0.1, float("nan"), "0.1", None):
         with pytest.raises(ValueError, match="rtol must be a number in"):
             choose(x, rank=2, rtol=bad)
     with pytest.raises(ValueError, match=r"is finite and not negative; k\(x, x\) of row 0 is -1"):
