@@ -246,11 +246,13 @@ def add_to_diagonal(x: Array, alpha: Array | float, xp: Namespace) -> Array:
     return x
 
 
-def add_product(x: Array, a: Array, b: Array, xp: Namespace, *, beta: float = 1.0, alpha: float = 1.0) -> Array:
-    """βx + α a @ b, the sum in the product's own pass where the library has that."""
+def add_product(
+    x: Array, a: Array, b: Array, xp: Namespace, *, beta: float = 1.0, alpha: float = 1.0, overwrite: bool = False
+) -> Array:
+    """βx + α a @ b, the sum in the product's own pass where the library has that; ``overwrite`` gives up x for it."""
     if compat.is_torch_array(x) and x.ndim in (2, 3):
         fused = xp.addmm if x.ndim == 2 else xp.baddbmm
-        return fused(x, a, b, beta=beta, alpha=alpha)
+        return fused(x, a, b, beta=beta, alpha=alpha, out=x if overwrite else None)
     product = a @ b
     if alpha != 1.0:
         product *= alpha

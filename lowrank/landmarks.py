@@ -10,6 +10,7 @@ Xiong et al., "Nyströmformer", AAAI 2021, eq. 9; ``rpcholesky`` is randomly piv
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -190,13 +191,12 @@ def rpcholesky(
                 continue
             chosen = candidates[accepted]
             columns = _new_columns(x, chosen, lower, kernel, factor, [to_host(old)[accepted] for old in known], xp)
-            squares = columns * columns
             if target > 0:
                 # The first of them that is enough is the last.
-                explained = np.cumsum(to_host(xp.sum(squares, axis=0)).astype(np.float64))
+                explained = np.cumsum(to_host(_squared_norms(columns, 0, left.dtype, xp)))
                 enough = min(int(np.sum(float(xp.sum(left)) - explained > target)) + 1, chosen.size)
-                chosen, columns, squares = chosen[:enough], columns[:, :enough], squares[:, :enough]
-            left = left - xp.astype(xp.sum(squares, axis=-1), left.dtype)
+                chosen, columns = chosen[:enough], columns[:, :enough]
+            left = left - _squared_norms(columns, 1, left.dtype, xp)
             left = xp.where(left > negligible, left, xp.zeros_like(left))
             pivots = np.concatenate([pivots, chosen])
             factor.append(columns)
@@ -284,10 +284,17 @@ def _new_columns(
     """(k(x, z) − F F_zᵀ)L⁻ᵀ, the columns that the landmarks z add to F, whose blocks are in ``factor``."""
     index = _index_array(chosen, x, xp)
     columns = xp.take(x, index, axis=1) if kernel is None else kernel(x, xp.take(x, index, axis=0))
-    for old, rows in zip(factor, known, strict=True):
-        columns = add_product(columns, old, from_host(rows.T, x, xp), xp, alpha=-1.0)
+    for i, (old, rows) in enumerate(zip(factor, known, strict=True)):
+        # What the kernel returned may belong to its author; the first difference is ours.
+        columns = add_product(columns, old, from_host(rows.T, x, xp), xp, alpha=-1.0, overwrite=i > 0)
     solved = solve_triangular(from_host(lower, x, xp), xp.matrix_transpose(columns), xp)
     return xp.matrix_transpose(solved)
+
+
+def _squared_norms(columns: Array, axis: int, dtype: Any, xp: Namespace) -> Array:
+    """Σ F² along an axis, without an array of the squares."""
+    norms = xp.astype(xp.linalg.vector_norm(columns, axis=axis), dtype)
+    return norms * norms
 
 
 def _means_of_equal_segments(x: Array, count: int, xp: Namespace) -> Array:
