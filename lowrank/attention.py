@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
+from typing import Any
 
+import array_api_compat as compat
 import numpy as np
 
 from lowrank import pinv as _pinv
-from lowrank._array import Array, Namespace, arithmetic, is_half, namespace
+from lowrank._array import Array, Namespace, arithmetic, device, is_half, is_traced, namespace, stop_gradient
 from lowrank.kernels import _checked_lengthscale, _expanded_squared_distances
 
 
@@ -28,6 +30,9 @@ def softmax_free_attention(
     lengthscale: float | Array | None = None,
     ridge: float = 0.01,
     normalize: bool = False,
+    mask: Array | None = None,
+    landmark_mask: Array | None = None,
+    queries: Array | None = None,
     inverse: Callable[..., Array] | None = None,
 ) -> Array:
     r"""Nyström approximation of k(q, q) v, k(x, y) = exp(−‖(x − y)/ℓ‖²/2): X = C (A⁺ (Cᵀ v)).
@@ -51,6 +56,14 @@ def softmax_free_attention(
         value that the published models were trained with.
     normalize : bool
         Replace A⁺ by D^{-½} A⁺ D^{-½}, D the diagonal of the row sums of A (without the ridge).
+    mask : bool array, shape (..., n), optional
+        True where a token takes part. The others, whatever they hold, contribute nothing and get an output of zero.
+    landmark_mask : bool array, shape (..., m), optional
+        True where a landmark takes part; the result is that of the others being absent.
+    queries : array, shape (..., n', d), optional
+        Tokens that ask, where they are not those that answer: the result is k(queries, z) A⁺ k(z, q) v, of shape
+        (..., n', e). It approximates a block of a Gram matrix, not a Gram matrix, so that nothing is semidefinite
+        about its error. ``mask`` concerns ``q`` and ``v`` alone then.
     inverse : callable, optional
         Called as ``inverse(a, hermitian=True, ridge=ridge)`` with a of shape (..., m, m); returns (a + δ I)⁺.
         The default is :func:`lowrank.pinv_newton`; ``functools.partial(pinv_newton, steps=20)`` is the
@@ -59,12 +72,13 @@ def softmax_free_attention(
     Returns
     -------
     array, shape (..., n, e)
-        Of the dtype, on the device and of the library of ``q``.
+        Of the dtype, on the device and of the library of ``q``. Without landmarks, zero.
 
     Raises
     ------
     TypeError
-        If the arguments are not arrays of one library and one real floating dtype.
+        If the arguments are not arrays of one library and one real floating dtype, or a mask is not a bool array of
+        that library.
     ValueError
         If their shapes do not fit, they are on different devices, ``lengthscale`` is not positive or
         ``ridge`` is negative.
@@ -85,48 +99,81 @@ def softmax_free_attention(
     >>> x.shape
     (1000, 2)
     """
-    xp = namespace(q=q, v=v, landmarks=landmarks)
+    points = {"q": q, "v": v, "landmarks": landmarks} | ({} if queries is None else {"queries": queries})
+    xp = namespace(**points)
     if xp.isdtype(q.dtype, "complex floating"):
         raise TypeError(f"q has dtype {q.dtype} (shape {tuple(q.shape)}); attention needs a real floating dtype")
-    _check_shapes(q, v, landmarks)
+    _check_shapes(points)
+    _check_mask("mask", mask, "q", q, xp)
+    _check_mask("landmark_mask", landmark_mask, "landmarks", landmarks, xp)
     ell = max(q.shape[-1], 1) ** 0.25 if lengthscale is None else _checked_lengthscale(lengthscale, q, xp)
     if not (isinstance(ridge, numbers.Real) and math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge must be a finite number >= 0, not {ridge!r}")
-    # Looked up at the call, so that whoever replaces the iteration in its own room is heard here.
-    invert = _pinv.pinv_newton if inverse is None else inverse
 
     result_dtype = q.dtype
     if is_half(q):
         q, v, landmarks = (xp.astype(x, xp.float32) for x in (q, v, landmarks))
+        queries = None if queries is None else xp.astype(queries, xp.float32)
     with arithmetic(q):
-        c = _gaussian_block(q, landmarks, ell, xp)  # (..., n, m)
-        a = _gaussian_block(landmarks, landmarks, ell, xp)  # (..., m, m)
-        core = invert(a, hermitian=True, ridge=ridge)
-        weights = xp.matrix_transpose(c) @ v  # (..., m, e)
-        if normalize:
-            scale = 1 / xp.sqrt(xp.sum(a, axis=-1, keepdims=True))  # D^{-½}; D ≥ 1, as k(z, z) = 1
-            weights = scale * (core @ (scale * weights))
+        z = _only(landmarks, landmark_mask, xp)
+        c = _centre(z, landmark_mask, xp)
+        z = _only((z - c) / ell, landmark_mask, xp)
+        x = _only((q - c) / ell, mask, xp)
+        core = _core(z, landmark_mask, ridge, normalize, inverse, xp)
+        weights = core @ (_gaussian_block(z, x, xp) @ _only(v, mask, xp))  # (..., m, e)
+        if queries is not None:
+            out = _gaussian_block((queries - c) / ell, z, xp) @ weights
         else:
-            weights = core @ weights
-        out = c @ weights
+            out = _only(_gaussian_block(x, z, xp) @ weights, mask, xp)
     return xp.astype(out, result_dtype, copy=False)
 
 
-def _gaussian_block(x: Array, z: Array, ell: float | Array, xp: Namespace) -> Array:
-    """k(x, z) by the expansion centred on the mean of z, always: no value decides how it is computed."""
-    return xp.exp(-0.5 * _expanded_squared_distances(x / ell, z / ell, xp))
+def _only(x: Array, mask: Array | None, xp: Namespace) -> Array:
+    """Rows of x where the mask is True, and zero rows, which carry no derivative, where it is not."""
+    return x if mask is None else xp.where(mask[..., None], x, xp.zeros_like(x))
 
 
-def _check_shapes(q: Array, v: Array, landmarks: Array) -> None:
-    shapes = {"q": tuple(q.shape), "v": tuple(v.shape), "landmarks": tuple(landmarks.shape)}
+def _centre(z: Array, landmark_mask: Array | None, xp: Namespace) -> Array:
+    """The mean landmark, shape (..., 1, d): a constant, as distances do not depend on it."""
+    count: Any = max(1, z.shape[-2])
+    if landmark_mask is not None:
+        count = xp.clip(xp.sum(xp.astype(landmark_mask, z.dtype), axis=-1), min=1.0)[..., None, None]
+    return stop_gradient(xp.sum(z, axis=-2, keepdims=True) / count)
+
+
+def _core(
+    z: Array, mask: Array | None, ridge: float, normalize: bool, inverse: Callable[..., Array] | None, xp: Namespace
+) -> Array:
+    """(A + δI)⁺ with A = k(z, z), or D^{-½}(A + δI)⁺D^{-½}; zero in rows and columns of landmarks that are masked."""
+    # Looked up at the call, so that whoever replaces the iteration in its own room is heard here.
+    invert = _pinv.pinv_newton if inverse is None else inverse
+    a = _gaussian_block(z, z, xp)
+    both = None if mask is None else mask[..., :, None] & mask[..., None, :]
+    if both is not None:
+        # The inverse of a block diagonal matrix is block diagonal: what is masked does not touch what is not.
+        a = xp.where(both, a, xp.eye(a.shape[-1], dtype=a.dtype, device=device(a)))
+    core = invert(a, hermitian=True, ridge=ridge)
+    if normalize:
+        scale = 1 / xp.sqrt(xp.sum(a, axis=-1, keepdims=True))  # D^{-½}; D ≥ 1, as k(z, z) = 1
+        core = scale * core * xp.matrix_transpose(scale)
+    return core if both is None else xp.where(both, core, xp.zeros_like(core))
+
+
+def _gaussian_block(x: Array, y: Array, xp: Namespace) -> Array:
+    """exp(−‖x − y‖²/2) by the expansion, always: no value decides how it is computed. Points near the origin."""
+    return xp.exp(-0.5 * _expanded_squared_distances(x, y, xp))
+
+
+def _check_shapes(points: dict[str, Array]) -> None:
+    shapes = {name: tuple(x.shape) for name, x in points.items()}
     for name, shape in shapes.items():
         if len(shape) < 2:
             raise ValueError(f"{name} must have at least two axes, tokens and features, not the shape {shape}")
-    if shapes["q"][-1] != shapes["landmarks"][-1]:
-        raise ValueError(
-            f"q has shape {shapes['q']} and landmarks {shapes['landmarks']}; "
-            "their last axes, the features, must be equal"
-        )
+    for name in ("landmarks", "queries"):
+        if name in shapes and shapes["q"][-1] != shapes[name][-1]:
+            raise ValueError(
+                f"q has shape {shapes['q']} and {name} {shapes[name]}; their last axes, the features, must be equal"
+            )
     if shapes["q"][-2] != shapes["v"][-2]:
         raise ValueError(
             f"q has shape {shapes['q']} and v {shapes['v']}; their second axes from the end, the tokens, must be equal"
@@ -136,3 +183,20 @@ def _check_shapes(q: Array, v: Array, landmarks: Array) -> None:
     except ValueError:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"the leading axes must broadcast; the shapes are {listed}") from None
+
+
+def _check_mask(name: str, mask: Array | None, of: str, x: Array, xp: Namespace) -> None:
+    if mask is None:
+        return
+    if not compat.is_array_api_obj(mask) or compat.array_namespace(mask) is not xp or mask.dtype != xp.bool:
+        kind = getattr(mask, "dtype", type(mask).__name__)
+        raise TypeError(f"{name} must be a bool array of the library of {of}, True for what takes part, not {kind}")
+    shape, wanted = tuple(mask.shape), tuple(x.shape[:-1])
+    fits = len(shape) == len(wanted) and all(k in (1, n) for k, n in zip(shape[:-1], wanted[:-1], strict=True))
+    if not fits or shape[-1] != wanted[-1]:
+        raise ValueError(
+            f"{name} has shape {shape} and {of} {tuple(x.shape)}; the mask needs the shape {wanted}, or 1 in place of "
+            "its leading axes. A mask of pairs of tokens is impossible here: every token meets every landmark"
+        )
+    if not is_traced(mask, x) and compat.device(mask) != compat.device(x):
+        raise ValueError(f"{name} is on device {compat.device(mask)} and {of} on {compat.device(x)}; move one of them")

@@ -127,7 +127,7 @@ class SoftmaxFreeAttention(nn.Module):
         q, z = self._queries_and_landmarks(x, size)
         working = torch.promote_types(q.dtype, torch.float32)
         with arithmetic(q):
-            return _gaussian_block(q.to(working), z.to(working), 1.0, namespace(q=q)).to(q.dtype)
+            return _gaussian_block(q.to(working), z.to(working), namespace(q=q)).to(q.dtype)
 
     def _queries_and_landmarks(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Scaled queries (B, heads, N, d) and landmarks (B, heads, m, d) of one dtype."""
