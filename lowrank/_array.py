@@ -81,7 +81,7 @@ def is_traced(*arrays: Array) -> bool:
             while functorch.is_gradtrackingtensor(x):
                 x = functorch.get_unwrapped(x)
             # A vmapped tensor shows a batch of values as one, so that it has no single truth value.
-            if functorch.is_batchedtensor(x):
+            if functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x):
                 return True
     return False
 
@@ -127,9 +127,25 @@ def has_derivative(x: Array) -> bool:
     return compat.is_torch_array(x) or compat.is_jax_array(x)
 
 
+def is_transformed(*arrays: Array) -> bool:
+    """Whether torch follows derivatives of x in a way that ``backward`` of a rule does not serve: forward, or by one of
+    the transformations of ``torch.func``."""
+    if not compat.is_torch_array(arrays[0]):
+        return False
+    import torch
+
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in arrays)
+
+
 def carries_derivative(x: Array) -> bool:
     """Whether operations on x are being recorded for the way back (torch; JAX traces instead)."""
-    return compat.is_torch_array(x) and x.requires_grad
+    if not compat.is_torch_array(x):
+        return False
+    import torch
+
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def stop_gradient(x: Array) -> Array:
@@ -230,6 +246,16 @@ def accumulate(x: Array, y: Array, alpha: float) -> Array:
         return x.add_(y, alpha=alpha)
     x += alpha * y
     return x
+
+
+def exp_of_negative(x: Array, xp: Namespace) -> Array:
+    """exp(min(x, 0)) in the memory of x, which is the caller's own, where the library writes to arrays."""
+    if compat.is_torch_array(x):
+        return x.clamp_(max=0).exp_()
+    if compat.is_numpy_array(x) or compat.is_cupy_array(x):
+        xp.minimum(x, 0.0, out=x)
+        return xp.exp(x, out=x)
+    return xp.exp(xp.clip(x, max=0.0))
 
 
 def add_to_diagonal(x: Array, alpha: Array | float, xp: Namespace) -> Array:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import array_api_compat.torch as xp
 import torch
 
-from lowrank._array import arithmetic
+from lowrank import _attend
+from lowrank._array import arithmetic, is_traced
 from lowrank._differentials import cotangent, differential, distance_cotangent, distance_differential
 from lowrank._schedule import constants
 
@@ -102,3 +103,36 @@ class SquaredDistances(torch.autograd.Function):
             for shape in [[k for i, k in enumerate(a.shape) if i != dim]]
         ]
         return SquaredDistances.apply(choose, *moved), 0
+
+
+class Attention(torch.autograd.Function):
+    """``_attend.forward``, whose way back computes every block of C again."""
+
+    @staticmethod
+    def forward(ctx, q, z, v, core, system, centre, scale):
+        out, sums, weights = _attend.forward(q, z, v, core, system, centre, scale, xp)
+        ctx.save_for_backward(q, z, v, core, system, centre, sums, weights)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        q, z, v, core, system, centre, sums, weights = ctx.saved_tensors
+        with arithmetic(q):
+            if torch.is_grad_enabled() or is_traced(g):
+                return Attention.differentiable_backward(ctx, g)
+            q_bar, z_bar, v_bar, inner = _attend.backward(
+                q, z, v, core, system, centre, ctx.scale, sums, weights, g, xp
+            )
+        return q_bar, z_bar, v_bar, *((inner, None) if system is None else (None, inner)), None, None
+
+    @staticmethod
+    def differentiable_backward(ctx, g):
+        """By the formula, to be differentiated again or for many cotangents at once."""
+        q, z, v, core, system, centre, *_ = ctx.saved_tensors
+        inputs = q, z, v, core, system
+        wanted = [x for x, wants in zip(inputs, ctx.needs_input_grad, strict=False) if wants]
+        with torch.enable_grad():
+            out = _attend.plain(q, z, v, core, system, centre, ctx.scale, xp)
+        found = iter(torch.autograd.grad(out, wanted, g, create_graph=torch.is_grad_enabled()))
+        return *(next(found) if wants else None for wants in ctx.needs_input_grad[:5]), None, None

@@ -16,9 +16,10 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
+from lowrank import _attend
 from lowrank import pinv as _pinv
 from lowrank._array import Array, Namespace, arithmetic, device, is_half, is_traced, namespace, stop_gradient
-from lowrank.kernels import _checked_lengthscale, _expanded_squared_distances
+from lowrank.kernels import _checked_lengthscale
 
 
 def softmax_free_attention(
@@ -115,16 +116,20 @@ def softmax_free_attention(
         q, v, landmarks = (xp.astype(x, xp.float32) for x in (q, v, landmarks))
         queries = None if queries is None else xp.astype(queries, xp.float32)
     with arithmetic(q):
-        z = _only(landmarks, landmark_mask, xp)
-        c = _centre(z, landmark_mask, xp)
-        z = _only((z - c) / ell, landmark_mask, xp)
-        x = _only((q - c) / ell, mask, xp)
-        core = _core(z, landmark_mask, ridge, normalize, inverse, xp)
-        weights = core @ (_gaussian_block(z, x, xp) @ _only(v, mask, xp))  # (..., m, e)
-        if queries is not None:
-            out = _gaussian_block((queries - c) / ell, z, xp) @ weights
+        scale = 1.0
+        if isinstance(ell, float):
+            scale = 1 / ell
         else:
-            out = _only(_gaussian_block(x, z, xp) @ weights, mask, xp)
+            q, landmarks, queries = (None if x is None else x / ell for x in (q, landmarks, queries))
+        z, x, v = _only(landmarks, landmark_mask, xp), _only(q, mask, xp), _only(v, mask, xp)
+        c = _centre(z, landmark_mask, xp)
+        core, system = _core((z - c) * scale, landmark_mask, ridge, normalize, inverse, xp)
+        if queries is None:
+            out = _only(_attend.attend(x, z, v, core, system, c, scale, xp), mask, xp)
+        else:
+            z = (z - c) * scale
+            answers = _attend.gaussian_block(z, (x - c) * scale, xp) @ v  # (..., m, e)
+            out = _attend.gaussian_block((queries - c) * scale, z, xp) @ _attend.applied(core, system, answers)
     return xp.astype(out, result_dtype, copy=False)
 
 
@@ -143,25 +148,30 @@ def _centre(z: Array, landmark_mask: Array | None, xp: Namespace) -> Array:
 
 def _core(
     z: Array, mask: Array | None, ridge: float, normalize: bool, inverse: Callable[..., Array] | None, xp: Namespace
-) -> Array:
-    """(A + δI)⁺ with A = k(z, z), or D^{-½}(A + δI)⁺D^{-½}; zero in rows and columns of landmarks that are masked."""
+) -> tuple[Array, Array | None]:
+    """M and what it inverts: P = A + δI, or D^½ P D^½, with A = k(z, z); zero in rows and columns of masked landmarks.
+
+    P is None where M is no inverse of it, to be differentiated as such, but what it is: by a function of the caller's
+    own, or the pseudoinverse of a matrix that may be singular.
+    """
     # Looked up at the call, so that whoever replaces the iteration in its own room is heard here.
     invert = _pinv.pinv_newton if inverse is None else inverse
-    a = _gaussian_block(z, z, xp)
+    a = _attend.gaussian_block(z, z, xp)
     both = None if mask is None else mask[..., :, None] & mask[..., None, :]
     if both is not None:
         # The inverse of a block diagonal matrix is block diagonal: what is masked does not touch what is not.
         a = xp.where(both, a, xp.eye(a.shape[-1], dtype=a.dtype, device=device(a)))
-    core = invert(a, hermitian=True, ridge=ridge)
+    solves = inverse is None and ridge > 0
+    core = invert(stop_gradient(a) if solves else a, hermitian=True, ridge=ridge)
+    system = a + ridge * xp.eye(a.shape[-1], dtype=a.dtype, device=device(a)) if solves else None
     if normalize:
-        scale = 1 / xp.sqrt(xp.sum(a, axis=-1, keepdims=True))  # D^{-½}; D ≥ 1, as k(z, z) = 1
-        core = scale * core * xp.matrix_transpose(scale)
-    return core if both is None else xp.where(both, core, xp.zeros_like(core))
-
-
-def _gaussian_block(x: Array, y: Array, xp: Namespace) -> Array:
-    """exp(−‖x − y‖²/2) by the expansion, always: no value decides how it is computed. Points near the origin."""
-    return xp.exp(-0.5 * _expanded_squared_distances(x, y, xp))
+        root = xp.sqrt(xp.sum(a, axis=-1, keepdims=True))  # D^½; D ≥ 1, as k(z, z) = 1
+        roots = root * xp.matrix_transpose(root)
+        core = core / (stop_gradient(roots) if solves else roots)
+        system = None if system is None else system * roots
+    if both is not None:
+        core = xp.where(both, core, xp.zeros_like(core))
+    return core, system
 
 
 def _check_shapes(points: dict[str, Array]) -> None:

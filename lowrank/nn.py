@@ -3,23 +3,31 @@
 ``SoftmaxFreeAttention`` is the layer of SOFT (Lu et al., "SOFT: Softmax-free Transformer with Linear
 Complexity", NeurIPS 2021, sections 3.1 and 3.2; the depthwise convolution of the values and the symmetric
 normalisation are of "Softmax-free Linear Transformers", IJCV 2024). Beyond the papers, its landmarks can be
-pooled to a fixed grid: without it their number, and so the cost per token, grows with the resolution.
+pooled to a fixed grid: without it their number, and so the cost per token, grows with the resolution. It also takes
+sequences, batches of images or sequences of several sizes (a mask tells tokens from padding), and tokens that ask
+where they are not the tokens asked.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank._array import arithmetic, namespace
-from lowrank.attention import _gaussian_block, softmax_free_attention
+from lowrank._array import arithmetic, is_on_cpu, is_traced, namespace
+from lowrank._attend import gaussian_block
+from lowrank.attention import softmax_free_attention
+
+# What differs between sequences and images.
+_CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d}
+_POOLING = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d}
 
 
 class SoftmaxFreeAttention(nn.Module):
-    """Multi-head softmax-free self-attention over the tokens of an image.
+    """Multi-head softmax-free attention over the tokens of an image or of a sequence.
 
     Queries, which are the keys as well, are Q = W_q x / d^¼ and values V = W_v x, per head of d = dim/num_heads
     contiguous channels. Landmarks z come from the image of the queries. Each head computes C A⁺ (Cᵀ V) with
@@ -32,23 +40,42 @@ class SoftmaxFreeAttention(nn.Module):
         Channels of the input and of the output.
     num_heads : int
         Heads; a divisor of ``dim``.
+    spatial_dims : int
+        2 for images, 1 for sequences: everything said below of H and W then holds for the one length N.
     stride : int, optional
         r: landmarks are GELU(LayerNorm(convolution of Q)), the convolution with kernel and stride r, without
         bias and the same for all heads. An H × W image has ⌊H/r⌋ × ⌊W/r⌋ of them.
-    grid : int or (int, int), optional
-        Largest number of landmark rows and columns. What is finer, the convolution's result or, without
-        ``stride``, Q itself, is brought to it by adaptive average pooling. At least one of ``stride`` and ``grid``
-        is needed, and the cost is linear in H·W only with a grid.
+    grid : int or tuple of spatial_dims int, optional
+        Largest number of landmarks along each axis, an int for all axes alike. What is finer, the convolution's
+        result or, without ``stride``, Q itself, is brought to it by adaptive average pooling: landmark i of g is the
+        mean of the cells from ⌊iL/g⌋ to ⌈(i + 1)L/g⌉ of L, so that segments share a cell where g does not divide L.
+        At least one of ``stride`` and ``grid`` is needed, and the cost is linear in H·W only with a grid.
     value_kernel : int, optional
-        k, odd: adds the depthwise k × k convolution of V, without bias, one filter per head.
+        k, odd: adds the depthwise convolution of V, of k tokens along each axis, without bias, one filter per head.
     ridge, normalize, inverse
         As in :func:`lowrank.softmax_free_attention`.
 
     Raises
     ------
     ValueError
-        If ``num_heads`` does not divide ``dim``, neither ``stride`` nor ``grid`` is given, a size is not
-        positive or ``value_kernel`` is even.
+        If ``num_heads`` does not divide ``dim``, ``spatial_dims`` is neither 1 nor 2, neither ``stride`` nor ``grid``
+        is given, a size is not positive, ``grid`` has another number of axes or ``value_kernel`` is even.
+
+    Notes
+    -----
+    *Fewer tokens than the grid.* An axis shorter than its ``grid`` is not pooled. Without a ``stride``, an image
+    within the grid along both axes has its tokens for landmarks, and the result is exact up to the ridge:
+    K (K + ridge·I)⁻¹ K V with K = k(Q, Q).
+
+    *There is no causal option.* Landmarks are means over tokens of the whole image or sequence, and C A⁺ Cᵀ sends
+    what every token gave to every landmark on to every token: the attention matrix is never formed, so there is
+    nothing from which the part above the diagonal could be taken away. For the same reason a mask can name tokens,
+    but not pairs of them.
+
+    *float16* ends at 65504. Queries and landmarks beyond raise ValueError on a CPU. On a GPU, where looking at a
+    value would stall the device, and inside a traced program they make NaN of the outputs of their batch element, and
+    of no other (though a token outside all landmark cells, or of ``queries``, may merely count as infinitely far from
+    everything). bfloat16 and float32 have the range; distances, core and sums are in float32 at least.
 
     Examples
     --------
@@ -57,6 +84,13 @@ class SoftmaxFreeAttention(nn.Module):
     >>> layer = SoftmaxFreeAttention(64, num_heads=2, stride=4, grid=7, value_kernel=5)
     >>> layer(torch.zeros(1, 32 * 48, 64), (32, 48)).shape
     torch.Size([1, 1536, 64])
+
+    Two sequences of 100 and 60 tokens in one batch:
+
+    >>> layer = SoftmaxFreeAttention(64, num_heads=2, spatial_dims=1, grid=16)
+    >>> mask = torch.arange(100) < torch.tensor([[100], [60]])
+    >>> layer(torch.zeros(2, 100, 64), mask=mask).shape
+    torch.Size([2, 100, 64])
     """
 
     def __init__(
@@ -64,8 +98,9 @@ class SoftmaxFreeAttention(nn.Module):
         dim: int,
         *,
         num_heads: int,
+        spatial_dims: int = 2,
         stride: int | None = None,
-        grid: int | tuple[int, int] | None = None,
+        grid: int | tuple[int, ...] | None = None,
         value_kernel: int | None = None,
         ridge: float = 0.01,
         normalize: bool = False,
@@ -74,35 +109,97 @@ class SoftmaxFreeAttention(nn.Module):
         super().__init__()
         if dim < 1 or num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must be a positive divisor of dim, not {num_heads} with dim={dim}")
+        if spatial_dims not in _CONVOLUTION:
+            raise ValueError(f"spatial_dims must be 1 (sequences) or 2 (images), not {spatial_dims}")
         if stride is None and grid is None:
             raise ValueError("landmarks need a stride (a convolution), a grid (pooling), or both; neither is given")
         if stride is not None and stride < 1:
             raise ValueError(f"stride must be at least 1, not {stride}")
-        rows, columns = (grid, grid) if isinstance(grid, int) else grid or (1, 1)
-        if rows < 1 or columns < 1:
-            raise ValueError(f"grid must have at least one row and one column, not {grid}")
+        if grid is not None:
+            axes = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,) * spatial_dims
+            if len(axes) != spatial_dims or min(axes) < 1:
+                raise ValueError(
+                    f"grid must have at least one landmark along each of {spatial_dims} axes, not {grid}; "
+                    "give an int, or one for each axis"
+                )
         if value_kernel is not None and (value_kernel < 1 or value_kernel % 2 == 0):
             raise ValueError(f"value_kernel must be odd and positive, so that it has a centre, not {value_kernel}")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.stride, self.grid = stride, None if grid is None else (rows, columns)
+        self.spatial_dims, self.stride, self.grid = spatial_dims, stride, None if grid is None else axes
         self.ridge, self.normalize, self.inverse = ridge, normalize, inverse
 
         self.query = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
+        convolution = _CONVOLUTION[spatial_dims]
         if stride is not None:
-            self.landmark_conv = nn.Conv2d(self.head_dim, self.head_dim, stride, stride=stride, bias=False)
+            self.landmark_conv = convolution(self.head_dim, self.head_dim, stride, stride=stride, bias=False)
             self.landmark_norm = nn.LayerNorm(self.head_dim)
         self.value_conv = None
         if value_kernel is not None:
-            self.value_conv = nn.Conv2d(
+            self.value_conv = convolution(
                 num_heads, num_heads, value_kernel, padding=value_kernel // 2, groups=num_heads, bias=False
             )
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Attend over tokens x of shape (B, N, dim), the rows of an image of size (H, W), N = H·W; same shape back."""
-        q, z = self._queries_and_landmarks(x, size)
+    def forward(
+        self,
+        x: Tensor,
+        size: int | tuple[int, ...] | None = None,
+        *,
+        mask: Tensor | None = None,
+        queries: Tensor | None = None,
+    ) -> Tensor:
+        """Attend over the tokens of an image or of a sequence.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, N, dim)
+            Tokens, an image's row by row.
+        size : (int, int), or int or (int,)
+            (H, W) of the images, N = H·W; the length N of sequences, which may be left out.
+        mask : Tensor of bool, shape (B, N), optional
+            True where a token takes part. The others, whatever they hold, are as if absent, from landmarks, sums and
+            value convolution: an image padded on the right and at the bottom, or a sequence padded at the end, gives
+            what it gives alone. A landmark cell of the strided convolution counts if all its tokens do. Pooling to
+            the grid ranks the cells among the rows and the columns that have any that counts, L of them, and takes
+            the mean of those that count between the edges of min(grid, L) landmarks along the axis.
+        queries : Tensor, shape (B, N', dim), optional
+            Tokens that ask, where they are not ``x`` (cross attention), projected by the same weights; k(queries, x)
+            is approximated by k(queries, z) A⁺ k(z, x) with landmarks from ``x``. That is no Gram matrix, and the
+            theory ends here: neither is the approximation below it in the order of semidefinite matrices, nor does
+            the Nyström error of k(x, x) bound this one. ``mask`` concerns ``x`` alone.
+
+        Returns
+        -------
+        Tensor, shape (B, N, dim), or (B, N', dim) with ``queries``
+            Exact zeros, without the bias of ``proj``, at masked tokens. An element whose tokens are all masked is
+            zero; ``queries`` to it get the bias of ``proj``, as nothing was added up.
+
+        Raises
+        ------
+        TypeError
+            If ``mask`` is no tensor of bool.
+        ValueError
+            If shapes, ``size`` and devices do not fit, the size has no room for a landmark cell, ``queries`` meet a
+            layer with a value convolution (they are no image), or float16 overflows (see the class). Also if an
+            element has tokens, but no whole cell of the strided convolution. To see that, the host waits for the
+            device once; in a traced program nobody looks, and the element's attention is zero, as with no landmarks.
+        """
+        size = self._checked_size(x, size)
+        if queries is not None:
+            self._check_queries(x, queries)
+        if mask is not None:
+            self._check_mask(x, mask, queries)
+            x = x.masked_fill(~mask.unsqueeze(2), 0)  # NaN in the padding would reach the weights' gradients
+        q, z, landmark_mask = self._queries_and_landmarks(x, size, mask)
+        asking = None if queries is None else self._scaled_queries(queries)
+        self._check_range(x, q, z)
+        if queries is not None:
+            self._check_range(queries, asking, asking)
         v = self.value(x)  # (B, N, dim)
+        if mask is not None:
+            # All that takes a masked token out of the sums: its query is finite, W_q 0 + b, and so is its row of C.
+            v = v.masked_fill(~mask.unsqueeze(2), 0)
         out = softmax_free_attention(
             q,
             self._split_heads(v),
@@ -110,71 +207,186 @@ class SoftmaxFreeAttention(nn.Module):
             lengthscale=1.0,
             ridge=self.ridge,
             normalize=self.normalize,
+            landmark_mask=None if landmark_mask is None else landmark_mask.unsqueeze(1),
+            queries=asking,
             inverse=self.inverse,
         )  # (B, heads, N, d)
         out = out.transpose(1, 2).flatten(2)  # (B, N, dim)
         if self.value_conv is not None:
             out = out + self._convolved(v, size, self.value_conv.weight)
-        return self.proj(out)
+        out = self.proj(out)
+        return out if mask is None or queries is not None else out.masked_fill(~mask.unsqueeze(2), 0)
 
     @torch.no_grad()
-    def landmark_attention(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def landmark_attention(self, x: Tensor, size: int | tuple[int, ...] | None = None) -> Tensor:
         """C = k(Q, z), shape (B, heads, N, m): what each token of x pays each landmark, for plots.
 
         ``x`` and ``size`` are those of :meth:`forward`. Landmarks run along the rows of their grid. Values are in
         [0, 1]; no gradient is recorded.
         """
-        q, z = self._queries_and_landmarks(x, size)
+        q, z, _ = self._queries_and_landmarks(x, self._checked_size(x, size), None)
         working = torch.promote_types(q.dtype, torch.float32)
         with arithmetic(q):
-            return _gaussian_block(q.to(working), z.to(working), namespace(q=q)).to(q.dtype)
+            return gaussian_block(q.to(working), z.to(working), namespace(q=q)).to(q.dtype)
 
-    def _queries_and_landmarks(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Scaled queries (B, heads, N, d) and landmarks (B, heads, m, d) of one dtype."""
-        self._check_input(x, size)
+    def _scaled_queries(self, x: Tensor) -> Tensor:
+        """W_q x / d^¼, (B, N, dim) -> (B, heads, N, d)."""
         # With Q already divided by d^¼ the kernel's lengthscale is 1, and landmarks are made of what is compared.
-        q = self._split_heads(self.query(x)) * self.head_dim**-0.25  # (B, heads, N, d)
+        return self._split_heads(self.query(x)) * self.head_dim**-0.25
+
+    def _queries_and_landmarks(
+        self, x: Tensor, size: tuple[int, ...], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scaled queries (B, heads, N, d) and landmarks (B, heads, m, d) of one dtype, and which landmarks there are
+        for each element, (B, m), where a mask makes that a question."""
+        q = self._scaled_queries(x)  # (B, heads, N, d)
         batch, heads, _, d = q.shape
-        z = q.reshape(batch * heads, *size, d).permute(0, 3, 1, 2)  # (B·heads, d, H, W)
+        z = q.reshape(batch * heads, *size, d).movedim(-1, 1)  # (B·heads, d, H, W)
         if self.stride is not None:
             z = self.landmark_conv(z)  # (B·heads, d, H/r, W/r)
+        cells = None if mask is None else self._whole_cells(mask.unflatten(1, size))  # (B, H/r, W/r)
         if self.grid is not None:
             # Before the norm, which restores the spread that averaging takes away. Never to a finer grid:
-            # repeated landmarks add nothing but a singular core.
-            z = F.adaptive_avg_pool2d(z, (min(self.grid[0], z.shape[2]), min(self.grid[1], z.shape[3])))
+            # repeated landmarks add nothing but a singular core. (Not min(g, n): in a program compiled for sizes of
+            # every kind that is a formula, while the core's schedule needs g, a number.)
+            grid = tuple(g if g <= n else n for g, n in zip(self.grid, z.shape[2:], strict=True))
+            if cells is None:
+                z = _POOLING[self.spatial_dims](z, grid)
+            else:
+                z, cells = _pooled(z.unflatten(0, (batch, heads)), cells, grid)
+                z = z.flatten(0, 1)
         z = z.flatten(2).transpose(1, 2)  # (B·heads, m, d)
         if self.stride is not None:
             z = F.gelu(self.landmark_norm(z))
         # Under autocast the norm answers in fp32; C and A must see the same, queries' precision.
-        return q, z.reshape(batch, heads, -1, d).to(q.dtype)
+        z = z.reshape(batch, heads, -1, d).to(q.dtype)
+        return q, z, None if cells is None else cells.flatten(1)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(B, N, dim) -> (B, heads, N, d)."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-    def _convolved(self, v: Tensor, size: tuple[int, int], weight: Tensor) -> Tensor:
+    def _convolved(self, v: Tensor, size: tuple[int, ...], weight: Tensor) -> Tensor:
         """Depthwise convolution of v (B, N, dim), one filter of weight (heads, 1, k, k) for a head's channels."""
-        image = v.unflatten(1, size).permute(0, 3, 1, 2)  # (B, dim, H, W), channels last in memory
+        if self.spatial_dims == 1:
+            # As an image of one row: 1.1 ms forward and backward at 4 × 4096 × 64, k = 5, against 12.6 with conv1d.
+            size, weight = (1, *size), weight.unsqueeze(2)
+        image = v.unflatten(1, size).movedim(-1, 1)  # (B, dim, H, W), channels last in memory
         # Repeating the filters and keeping the channels last is the fastest way by far on a CPU, forward and
         # backward: 7 ms at 64 × 64 × 16², against 23 with the channels first and 71 with them folded into the batch.
         filters = weight.repeat_interleave(self.head_dim, dim=0)  # (dim, 1, k, k)
-        image = F.conv2d(image, filters, padding=weight.shape[-1] // 2, groups=self.dim)
-        return image.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, dim)
+        image = F.conv2d(image, filters, padding=[k // 2 for k in weight.shape[2:]], groups=self.dim)
+        return image.movedim(1, -1).flatten(1, 2)  # (B, N, dim)
 
-    def _check_input(self, x: Tensor, size: tuple[int, int]) -> None:
+    def _whole_cells(self, mask: Tensor) -> Tensor:
+        """Which cells of the convolution, or tokens without one, count: mask (B, H, W) -> (B, H/r, W/r)."""
+        if self.stride is None:
+            return mask
+        cells = mask
+        for axis in range(1, mask.ndim):
+            cells = cells.unfold(axis, self.stride, self.stride).all(-1)
+        if not is_traced(mask):
+            lost = mask.flatten(1).any(1) & ~cells.flatten(1).any(1)
+            if lost.any():
+                raise ValueError(
+                    f"batch element {int(lost.nonzero()[0])} has tokens under the mask, but not one whole landmark "
+                    f"cell of {self.stride} tokens along each axis; enlarge it, mask it entirely or lower the stride"
+                )
+        return cells
+
+    def _checked_size(self, x: Tensor, size: int | tuple[int, ...] | None) -> tuple[int, ...]:
+        """The size as a tuple of spatial_dims, after checking that x is made of it."""
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape (B, N, {self.dim}), not {tuple(x.shape)}")
-        height, width = size
-        if x.shape[1] != height * width:
-            raise ValueError(f"x has {x.shape[1]} tokens (shape {tuple(x.shape)}), not the {height} × {width} of size")
-        if min(height, width) < (self.stride or 1):
+        if size is None and self.spatial_dims == 1:
+            size = x.shape[1]
+        lengths: tuple = tuple(size) if isinstance(size, (tuple, list)) else (size,)
+        if len(lengths) != self.spatial_dims:
+            wanted = "N or (N,) of a sequence" if self.spatial_dims == 1 else "(H, W) of an image of N = H·W tokens"
+            raise ValueError(f"size must be {wanted}, not {size}; x has shape {tuple(x.shape)}")
+        if x.shape[1] != math.prod(lengths):
+            raise ValueError(f"x has {x.shape[1]} tokens (shape {tuple(x.shape)}), not the {_listed(lengths)} of size")
+        if min(lengths) < (self.stride or 1):
             raise ValueError(
-                f"size {height} × {width} has no room for one landmark cell of stride {self.stride}; "
+                f"size {_listed(lengths)} has no room for one landmark cell of stride {self.stride or 1}; "
                 "enlarge the input or lower the stride"
+            )
+        return lengths
+
+    def _check_queries(self, x: Tensor, queries: Tensor) -> None:
+        if self.value_conv is not None:
+            raise ValueError(
+                "queries cannot be combined with value_kernel: the convolution of the values lives on the image of x, "
+                "where queries have no place; build the layer with value_kernel=None"
+            )
+        if queries.ndim != 3 or queries.shape[0] != x.shape[0] or queries.shape[2] != self.dim:
+            raise ValueError(f"queries must have shape ({x.shape[0]}, N', {self.dim}), not {tuple(queries.shape)}")
+        if queries.device != x.device:
+            raise ValueError(f"x is on device {x.device} and queries on {queries.device}; move one of them")
+
+    def _check_mask(self, x: Tensor, mask: Tensor, queries: Tensor | None) -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            given = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+            raise TypeError(f"mask must be a tensor of dtype torch.bool, True where a token takes part, not of {given}")
+        asking = (x if queries is None else queries).shape[1]
+        if mask.shape != x.shape[:2]:
+            shape = tuple(mask.shape)
+            if shape[-2:] in ((asking, x.shape[1]), (x.shape[1], x.shape[1])):
+                raise ValueError(
+                    f"mask has shape {shape}, one entry for each pair of tokens: causal and other pairwise masks are "
+                    "impossible here, as every landmark is made from, and passes on to, all tokens and the attention "
+                    f"matrix is never formed; mask tokens instead, with shape {tuple(x.shape[:2])}"
+                )
+            raise ValueError(f"mask must have the shape (B, N) = {tuple(x.shape[:2])} of x's tokens, not {shape}")
+        if mask.device != x.device:
+            raise ValueError(f"x is on device {x.device} and mask on {mask.device}; move one of them")
+
+    @staticmethod
+    def _check_range(x: Tensor, q: Tensor, z: Tensor) -> None:
+        """That queries q and landmarks z of finite tokens x did not overflow, where looking costs little."""
+        if q.dtype != torch.float16 or is_traced(x, q) or not is_on_cpu(q):
+            return
+        finite_x, finite_q, finite_z = (torch.isfinite(y).flatten(1).all(1) for y in (x, q, z))
+        lost = finite_x & ~(finite_q & finite_z)
+        if lost.any():
+            raise ValueError(
+                f"queries or landmarks of batch element {int(lost.nonzero()[0])} overflow float16, which ends at "
+                "65504; use bfloat16 or float32, or normalise the tokens"
             )
 
     def extra_repr(self) -> str:
         return (
-            f"dim={self.dim}, num_heads={self.num_heads}, stride={self.stride}, grid={self.grid}, "
-            f"ridge={self.ridge}, normalize={self.normalize}"
+            f"dim={self.dim}, num_heads={self.num_heads}, spatial_dims={self.spatial_dims}, "
+            f"stride={self.stride}, grid={self.grid}, ridge={self.ridge}, normalize={self.normalize}"
         )
+
+
+def _listed(size: tuple[int, ...]) -> str:
+    return " × ".join(map(str, size))
+
+
+def _pooled(z: Tensor, cells: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Adaptive average pooling of the cells that count: of z (B, heads, d, *L), with cells (B, *L), to ``grid`` along
+    the axes *L; and which of the means exist, (B, *grid). The others are zero."""
+    working = torch.promote_types(z.dtype, torch.float32)  # in which a sum does not overflow and a count is exact
+    counts = cells[:, None, None].to(working)  # (B, 1, 1, *L)
+    sums = torch.where(cells[:, None, None], z, 0).to(working)
+    with arithmetic(z):
+        for k, g in enumerate(grid):
+            across = [axis for axis in range(1, cells.ndim) if axis != k + 1]
+            present = cells.any(across) if across else cells  # (B, L_k)
+            segments = _segments(present, g).to(working)  # (B, g, L_k)
+            # The first of *L gives way to a last axis, so that they come round in their order.
+            sums, counts = (torch.einsum("bhdl...,bgl->bhd...g", y, segments) for y in (sums, counts))
+    return (sums / counts.clamp(min=1)).to(z.dtype), counts[:, 0, 0] > 0
+
+
+def _segments(present: Tensor, count: int) -> Tensor:
+    """(B, count, L), True where one of (B, L) that are present lies in a segment: ranked among the present, p of them,
+    those from ⌊ip/g⌋ to ⌈(i + 1)p/g⌉ for segment i of g = min(count, p). Segments from g on are empty."""
+    rank = present.cumsum(1).unsqueeze(1) - 1  # (B, 1, L)
+    p = present.sum(1)[:, None, None]  # (B, 1, 1)
+    g = p.clamp(min=1, max=count)
+    i = torch.arange(count, device=present.device)[:, None]  # (count, 1)
+    first, end = i * p // g, -(-(i + 1) * p // g)
+    return present.unsqueeze(1) & (first <= rank) & (rank < end)

@@ -360,8 +360,8 @@ def _direct(p: Array, *, rtol: float, hermitian: bool, ridge: float, xp: Namespa
     kept = magnitude > cutoff[..., None]
     inverse = xp.where(kept, 1 / xp.where(kept, values, xp.ones_like(values)), xp.zeros_like(values))
     x = (right * xp.astype(inverse, p.dtype)[..., None, :]) @ left_h
-    zero = xp.zeros_like(cutoff)
-    work = Work(zero, zero, zero, cutoff, valid)
+    # Three arrays: torch's compiler loses track of an output that is returned twice.
+    work = Work(*(xp.zeros_like(cutoff) for _ in range(3)), cutoff, valid)
     return or_nan(valid, hermitian_part(x, xp) if hermitian else x, xp), work
 
 

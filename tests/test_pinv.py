@@ -563,7 +563,8 @@ def test_traced_info_is_an_array_pytree():
         assert np.all(traced[1].steps >= eager[1].steps)
 
 
-COMPILED = [{}, {"hermitian": True}, {"hermitian": True, "ridge": 0.1}, {"steps": 5}]
+RIDGE = {"hermitian": True, "ridge": 0.1}
+COMPILED = [{}, {"hermitian": True}, RIDGE, {"steps": 5}, {"method": "direct"}, RIDGE | {"method": "direct"}]
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")

@@ -26,6 +26,7 @@ from sklearn.datasets import load_digits
 from sklearn.kernel_approximation import Nystroem
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Ridge
+from threadpoolctl import threadpool_limits
 
 from lowrank import gaussian_kernel, kernel_ridge, nystrom
 
@@ -33,6 +34,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ABOVE_DENSE = 1.02
+# OpenBLAS 0.3.31's Cholesky factorisation crashes the interpreter for 16,000 points when it has two threads.
+_MOST_FOR_THREADS = 10_000
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray, float, float], tuple[np.ndarray, int | None]]
 
 
@@ -66,8 +69,9 @@ def split(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> list[np.nda
 
 
 def dense(x, y, x_new, lengthscale, ridge):
-    model = KernelRidge(alpha=ridge, kernel="rbf", gamma=0.5 / lengthscale**2).fit(x, y)
-    return model.predict(x_new), None
+    model = KernelRidge(alpha=ridge, kernel="rbf", gamma=0.5 / lengthscale**2)
+    with threadpool_limits(None if len(x) < _MOST_FOR_THREADS else 1, user_api="blas"):
+        return model.fit(x, y).predict(x_new), None
 
 
 def nystroem_and_ridge(x, y, x_new, lengthscale, ridge, *, rank):
