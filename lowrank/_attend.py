@@ -46,7 +46,7 @@ _CPU_ENTRIES, _GPU_ENTRIES = 2**18, 2**25
 
 # After the first correction the error of w is of the order of (cond(P)·eps)², after the second below rounding; and the
 # derivative that a library takes of the corrections alone has the error that w had one correction before.
-_CORRECTIONS = 2
+CORRECTIONS = 2
 
 
 def attend(
@@ -91,7 +91,7 @@ def applied(core: Array, system: Array | None, sigma: Array) -> Array:
     """w = Mσ, or, with P, the solution of P w = σ that M leads to."""
     w = core @ sigma
     if system is not None:
-        for _ in range(_CORRECTIONS):
+        for _ in range(CORRECTIONS):
             w = w + core @ (sigma - system @ w)
     return w
 

@@ -7,7 +7,7 @@ derivations.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,9 +17,11 @@ from lowrank._array import (
     Namespace,
     add_product,
     add_to_diagonal,
+    device,
     from_host,
     is_traced,
     matrix_transpose_conj,
+    real_dtype,
     to_host,
 )
 from lowrank._newton import (
@@ -30,6 +32,7 @@ from lowrank._newton import (
     as_matrices,
     first_polynomial,
     frobenius,
+    hermitian_part,
     normal,
     or_nan,
     polynomial,
@@ -57,14 +60,18 @@ class _Deflation(NamedTuple):
     upper: Array
 
 
-def scaled_newton(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work]:
+def scaled_newton(
+    a: Array, *, ridge: float, upper: float | None = None, tol: float | None = None, xp: Namespace
+) -> tuple[Array, Work]:
     """(A + ridge·I)⁻¹ for Hermitian A ≽ 0, by scaled Newton from a start that commutes with A up to rounding.
 
     With u ≥ ‖P‖, P = A + ridge·I, the spectrum of P/u is in [ridge/u, 1], so the steps follow from κ = u/ridge, not κ².
     One leading eigenvector is deflated where that lowers u: kernel matrices have one of eigenvalue near n. The
     first step is a polynomial in P; the last uses an accurate E. Matrices that are solved together take the steps of
-    the worst of them.
+    the worst of them; with ``upper`` ≥ ‖A‖ the steps are known beforehand.
     """
+    if tol is not None:
+        return _approximation(a, ridge=ridge, upper=upper, tol=tol, xp=xp)
     eps = float(xp.finfo(a.dtype).eps)
     largest = xp.max(xp.abs(a), axis=(-2, -1))
     finite = xp.isfinite(largest)
@@ -72,12 +79,10 @@ def scaled_newton(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work
     scale = 2.0 ** -xp.ceil(xp.log2(xp.where(finite, a.shape[-1] * largest, xp.zeros_like(largest)) + ridge))
     p = add_to_diagonal(as_matrices(scale) * a, ridge * scale, xp)
     start = _deflated(p, ridge * scale, xp)
-    chosen = definite_plan(*_needed(p, start, ridge * scale, eps, xp))
+    chosen = definite_plan(*_needed(p, start, ridge * scale, None if upper is None else 1 + upper / ridge, eps, xp))
     x = _inverse(p, start, chosen, xp)
-    probes = from_host(normal(_PROBES, p.shape[-1]), p, xp)
-    probes = xp.broadcast_to(probes, (*p.shape[:-2], *probes.shape))
     # Tried before it is made Hermitian: an error of X of κ·eps from the left then becomes one of κ²·eps in XP.
-    valid = finite & (frobenius(add_product(probes, probes @ x, p, xp, beta=-1.0), xp) <= _TRIED)
+    valid = finite & _inverts(x, p, xp)
     x = x + matrix_transpose_conj(x, xp)
     x *= as_matrices(0.5 * scale)
     figures = len(chosen.steps), chosen.products + accurate_cost(p, xp), max(1 - chosen.low, chosen.high - 1)
@@ -85,12 +90,40 @@ def scaled_newton(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work
     return or_nan(valid, x, xp), Work(steps, products, bound, xp.zeros_like(bound), valid)
 
 
-def _needed(p: Array, start: _Deflation, ridge: Array, eps: float, xp: Namespace) -> tuple[float, float]:
+def _approximation(a: Array, *, ridge: float, upper: Any, tol: float, xp: Namespace) -> tuple[Array, Work]:
+    """X with ‖I − XP‖ ≤ tol, for ‖A‖ ≤ upper: the steps alone, which follow from the numbers given."""
+    p = add_to_diagonal(xp.asarray(a, copy=True), ridge, xp)
+    chosen = definite_plan(_CLASS ** math.ceil(math.log(1 + upper / ridge, _CLASS)), tol)
+    first, *others = chosen.steps
+    c = first.scale / (upper + ridge)
+    x = first_polynomial(first, c, p, p @ p, xp)
+    x *= c
+    for step in others:
+        x = apply(step, x, x @ p, xp)
+    zero = xp.zeros(p.shape[:-2], dtype=real_dtype(p, xp), device=device(p))
+    figures = len(chosen.steps), chosen.products + 1, max(1 - chosen.low, chosen.high - 1)
+    steps, products, bound = (zero + float(v) for v in figures)
+    valid = _inverts(x, p, xp)
+    return or_nan(valid, hermitian_part(x, xp), xp), Work(steps, products, bound, zero, valid)
+
+
+def _inverts(x: Array, p: Array, xp: Namespace) -> Array:
+    """Whether XP is nearly I, tried with a few vectors; False for NaN."""
+    probes = from_host(normal(_PROBES, p.shape[-1]), p, xp)
+    probes = xp.broadcast_to(probes, (*p.shape[:-2], *probes.shape))
+    return frobenius(add_product(probes, probes @ x, p, xp, beta=-1.0), xp) <= _TRIED
+
+
+def _needed(
+    p: Array, start: _Deflation, ridge: Array, condition: float | None, eps: float, xp: Namespace
+) -> tuple[float, float]:
     """The condition that the steps are for, and the ‖I − XP‖ they are to reach.
 
     A change of P in its last bits moves X by κ·eps, and truncation is to hide below that. What κ is at least: the
     smallest eigenvalue is no larger than the mean of all but the largest.
     """
+    if condition is not None:
+        return _CLASS ** math.ceil(math.log(min(condition, 1 / eps), _CLASS)), eps / 4
     if is_traced(ridge):
         return 1 / (8 * eps), eps / 4
     others = xp.linalg.trace(p) - start.value
@@ -98,11 +131,9 @@ def _needed(p: Array, start: _Deflation, ridge: Array, eps: float, xp: Namespace
     upper, value, mean, ridge = (to_host(v).astype(np.float64) for v in figures)
     most, least = upper / ridge, value / np.maximum(mean, ridge)
     known = np.isfinite(most) & np.isfinite(least)
-    condition = min(np.max(most, initial=_CLASS, where=known), 1 / eps)
+    measured = min(np.max(most, initial=_CLASS, where=known), 1 / eps)
     hidden = eps / 128 * np.min(least, initial=1 / eps, where=known)
-    return _CLASS ** math.ceil(math.log(condition, _CLASS)), max(
-        _CLASS ** math.floor(math.log(hidden, _CLASS)), eps / 4
-    )
+    return _CLASS ** math.ceil(math.log(measured, _CLASS)), max(_CLASS ** math.floor(math.log(hidden, _CLASS)), eps / 4)
 
 
 @remembered

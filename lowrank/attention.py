@@ -162,7 +162,12 @@ def _core(
         # The inverse of a block diagonal matrix is block diagonal: what is masked does not touch what is not.
         a = xp.where(both, a, xp.eye(a.shape[-1], dtype=a.dtype, device=device(a)))
     solves = inverse is None and ridge > 0
-    core = invert(stop_gradient(a) if solves else a, hermitian=True, ridge=ridge)
+    if solves:
+        # What the corrections in _attend leave of an error, its power, is below rounding; no row sum of A exceeds m.
+        tol = float(xp.finfo(a.dtype).eps) ** (1 / (1 + _attend.CORRECTIONS))
+        core = _pinv.pinv_newton(stop_gradient(a), hermitian=True, ridge=ridge, upper=max(1.0, a.shape[-1]), tol=tol)
+    else:
+        core = invert(a, hermitian=True, ridge=ridge)
     system = a + ridge * xp.eye(a.shape[-1], dtype=a.dtype, device=device(a)) if solves else None
     if normalize:
         root = xp.sqrt(xp.sum(a, axis=-1, keepdims=True))  # D^½; D ≥ 1, as k(z, z) = 1

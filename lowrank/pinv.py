@@ -93,6 +93,8 @@ def pinv_newton(
     rtol: float | None = None,
     hermitian: bool = False,
     ridge: float = 0.0,
+    upper: float | None = None,
+    tol: float | None = None,
     alpha: float | Array | None = None,
     steps: int | None = None,
     method: str = "newton",
@@ -116,6 +118,13 @@ def pinv_newton(
     ridge : float
         δ > 0 declares ``a`` Hermitian positive semidefinite (``hermitian=True`` is required) and means
         ``a + δ I`` throughout. The number of steps then follows from δ and a bound on ‖a‖.
+    upper : float, optional
+        With ``ridge``: declares that no eigenvalue of ``a`` is above it. The steps then follow from
+        κ = (upper + δ)/δ without a look at ``a``, also in a traced program, where they are else those of the largest κ
+        that the precision allows. For a kernel matrix n·max k(x, x) will do.
+    tol : float, optional
+        With ``ridge`` and ``upper``: stop where ‖I − X(a + δ I)‖₂ ≤ ``tol``, up to rounding, and polish nothing: for a
+        preconditioner, or an inverse that is corrected where it is used. In (0, 1); by default the working precision.
     alpha : float or array of shape (...), optional
         Scale of the start X₀ = α Aᴴ, with ``steps`` only; converges for 0 < α < 2/σ_max². The default is
         1.8/(‖A‖₁‖A‖_∞).
@@ -170,6 +179,7 @@ def pinv_newton(
     """
     xp = namespace(a=a)
     _check_options(a, rtol, hermitian, ridge, alpha, steps, method)
+    _check_schedule(ridge, upper, tol, steps, method)
     given = a
     if is_half(a):
         a = xp.astype(a, xp.float32)
@@ -190,7 +200,7 @@ def pinv_newton(
                 if method == "direct":
                     solve = partial(_direct, rtol=rtol, hermitian=hermitian, ridge=ridge, xp=xp)
                 elif ridge > 0:
-                    solve = partial(_with_ridge, ridge=ridge, xp=xp)
+                    solve = partial(_with_ridge, ridge=ridge, upper=upper, tol=tol, xp=xp)
                 else:
                     solve = partial(_truncated, rtol=rtol, hermitian=hermitian, xp=xp)
                 x, work = _differentiable(solve, a, full_rank=ridge > 0, xp=xp)
@@ -237,6 +247,20 @@ def _check_options(a, rtol, hermitian, ridge, alpha, steps, method) -> None:
             fits = False
         if not fits:
             raise ValueError(f"alpha has shape {alpha_shape}, which does not broadcast to the batch {shape[:-2]} of a")
+
+
+def _check_schedule(ridge, upper, tol, steps, method) -> None:
+    for name, value, most in (("upper", upper, math.inf), ("tol", tol, 1.0)):
+        if value is None:
+            continue
+        if not (isinstance(value, (int, float, np.number)) and 0 < value < most):
+            raise ValueError(f"{name} must be a number above 0 and below {most}, not {value!r}")
+        if ridge == 0 or steps is not None or method != "newton":
+            raise ValueError(
+                f"{name}={value!r} belongs to method='newton' with ridge > 0 and without steps; leave it out"
+            )
+    if tol is not None and upper is None:
+        raise ValueError(f"tol={tol!r} needs upper, a bound on the eigenvalues of a, from which the steps follow")
 
 
 def _precision(a: Array, xp: Namespace) -> str:
@@ -310,11 +334,11 @@ def _textbook(p: Array, *, steps: int, alpha: Any, ridge: float, xp: Namespace) 
     return or_nan(finite, x, xp), work
 
 
-def _with_ridge(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work]:
+def _with_ridge(a: Array, *, ridge: float, upper: float | None, tol: float | None, xp: Namespace) -> tuple[Array, Work]:
     """(A + ridge·I)⁻¹ by the fused kernel where it applies, else by the plain path."""
     if _fused.applies(a, ridge=ridge, xp=xp):
         return _fused.scaled_newton(a, ridge=ridge, xp=xp)
-    return in_chunks(partial(scaled_newton, ridge=ridge, xp=xp), a, xp)
+    return in_chunks(partial(scaled_newton, ridge=ridge, upper=upper, tol=tol, xp=xp), a, xp)
 
 
 def _truncated(a: Array, *, rtol: float, hermitian: bool, xp: Namespace) -> tuple[Array, Work]:
@@ -361,7 +385,8 @@ def _direct(p: Array, *, rtol: float, hermitian: bool, ridge: float, xp: Namespa
     inverse = xp.where(kept, 1 / xp.where(kept, values, xp.ones_like(values)), xp.zeros_like(values))
     x = (right * xp.astype(inverse, p.dtype)[..., None, :]) @ left_h
     # Three arrays: torch's compiler loses track of an output that is returned twice.
-    work = Work(*(xp.zeros_like(cutoff) for _ in range(3)), cutoff, valid)
+    steps, products, bound = (xp.zeros_like(cutoff) for _ in range(3))
+    work = Work(steps, products, bound, cutoff, valid)
     return or_nan(valid, hermitian_part(x, xp) if hermitian else x, xp), work
 
 
