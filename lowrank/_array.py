@@ -248,14 +248,16 @@ def accumulate(x: Array, y: Array, alpha: float) -> Array:
     return x
 
 
+def writes(x: Array) -> bool:
+    """Whether x's library writes results to arrays that it is handed."""
+    return compat.is_torch_array(x) or compat.is_numpy_array(x) or compat.is_cupy_array(x)
+
+
 def exp_of_negative(x: Array, xp: Namespace) -> Array:
-    """exp(min(x, 0)) in the memory of x, which is the caller's own, where the library writes to arrays."""
+    """exp(min(x, 0)) in the memory of x, of a library that writes to arrays."""
     if compat.is_torch_array(x):
         return x.clamp_(max=0).exp_()
-    if compat.is_numpy_array(x) or compat.is_cupy_array(x):
-        xp.minimum(x, 0.0, out=x)
-        return xp.exp(x, out=x)
-    return xp.exp(xp.clip(x, max=0.0))
+    return xp.exp(xp.minimum(x, 0.0, out=x), out=x)
 
 
 def add_to_diagonal(x: Array, alpha: Array | float, xp: Namespace) -> Array:
@@ -273,13 +275,14 @@ def add_to_diagonal(x: Array, alpha: Array | float, xp: Namespace) -> Array:
 
 
 def add_product(
-    x: Array, a: Array, b: Array, xp: Namespace, *, beta: float = 1.0, alpha: float = 1.0, overwrite: bool = False
+    x: Array, a: Array, b: Array, xp: Namespace, *, beta: float = 1.0, alpha: float = 1.0, out: Array | None = None
 ) -> Array:
-    """βx + α a @ b, the sum in the product's own pass where the library has that; ``overwrite`` gives up x for it."""
+    """βx + α a @ b, the sum in the product's own pass where the library has that; in the memory of ``out``, which may
+    be x itself, where the library writes to arrays."""
     if compat.is_torch_array(x) and x.ndim in (2, 3):
         fused = xp.addmm if x.ndim == 2 else xp.baddbmm
-        return fused(x, a, b, beta=beta, alpha=alpha, out=x if overwrite else None)
-    product = a @ b
+        return fused(x, a, b, beta=beta, alpha=alpha, out=out)
+    product = a @ b if out is None or out is x else xp.matmul(a, b, out=out)
     if alpha != 1.0:
         product *= alpha
     return accumulate(product, x, beta)

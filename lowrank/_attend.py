@@ -19,6 +19,7 @@ Numerical Algorithms", 2002, chapter 12, on iterative refinement).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,12 +38,13 @@ from lowrank._array import (
     is_on_cpu,
     is_traced,
     is_transformed,
+    writes,
 )
 from lowrank.kernels import _expanded_squared_distances, _slices
 
-# Entries of a block of C. It is written once and read by two to six operations: with 2¹⁷ to 2¹⁹ entries it stays in the
+# Entries of a block of C. It is written once and read by two to six operations: with 2¹⁸ to 2²⁰ entries it stays in the
 # cache, and what it costs to start an operation is small beside it. A GPU wants few and large operations.
-_CPU_ENTRIES, _GPU_ENTRIES = 2**18, 2**25
+_CPU_ENTRIES, _GPU_ENTRIES = 2**19, 2**25
 
 # After the first correction the error of w is of the order of (cond(P)·eps)², after the second below rounding; and the
 # derivative that a library takes of the corrections alone has the error that w had one correction before.
@@ -57,9 +59,8 @@ def attend(
     Where P is given M is a constant, and derivatives are those of P⁻¹.
     """
     arrays = (q, z, v, core, centre) if system is None else (q, z, v, core, centre, system)
-    # Programs that are traced and derivatives other than the first, backward, want one expression; JAX cannot write to
-    # arrays.
-    if compat.is_jax_array(q) or is_traced(*arrays) or is_transformed(*arrays) or min(*v.shape, z.shape[-2]) == 0:
+    # Programs that are traced and derivatives other than the first, backward, want one expression.
+    if not writes(q) or is_traced(*arrays) or is_transformed(*arrays) or min(*v.shape, z.shape[-2]) == 0:
         return plain(q, z, v, core, system, centre, scale, xp)
     batch = np.broadcast_shapes(*(tuple(x.shape[:-2]) for x in arrays))
     heads = batch[-1] if batch else 1
@@ -101,6 +102,25 @@ def gaussian_block(x: Array, y: Array, xp: Namespace) -> Array:
     return xp.exp(-0.5 * _expanded_squared_distances(x, y, xp))
 
 
+def inner_cotangent(system: Array | None, w_bar: Array, sigma_bar: Array, sigma: Array, w: Array) -> Array:
+    """M̄, or P̄ where P is given."""
+    return w_bar @ sigma.mT if system is None else -sigma_bar @ w.mT
+
+
+def attend_from(
+    queries: Array, q: Array, z: Array, v: Array, core: Array, system: Array | None, xp: Namespace
+) -> Array:
+    """k(queries, z) M k(z, q) v, of points in units of the lengthscale and near the origin."""
+    if compat.is_torch_array(q) and not (is_traced(queries, q, z, v) or is_transformed(queries, q, z, v)):
+        from lowrank._torch_rules import gaussian_product
+    else:
+
+        def gaussian_product(x: Array, y: Array, v: Array) -> Array:
+            return gaussian_block(x, y, xp) @ v
+
+    return gaussian_product(queries, z, applied(core, system, gaussian_product(z, q, v)))
+
+
 def forward(
     q: Array, z: Array, v: Array, core: Array, system: Array | None, centre: Array, scale: float, xp: Namespace
 ) -> tuple[Array, Array, Array]:
@@ -108,9 +128,10 @@ def forward(
     out = xp.empty_like(v)  # with the strides of v
     shape = (*v.shape[:2], z.shape[-2], v.shape[-1])
     sums, weights = (xp.zeros(shape, dtype=v.dtype, device=device(v)) for _ in range(2))
+    memory = _Memory(q, xp)
     for group, blocks in _groups(q, z):
         q_, z_, v_, core_, system_, c_ = (_flat(x, group, xp) for x in (q, z, v, core, system, centre))
-        block = _block_maker(q_, z_ - c_, c_, scale, xp)
+        block = _block_maker(q_, z_ - c_, c_, scale, memory, xp)
         sigma = None
         for rows in blocks:
             _, c = block(rows)
@@ -139,12 +160,12 @@ def backward(
 ) -> tuple[Array, Array, Array, Array]:
     """q̄, z̄, v̄, and M̄ or, where P is given, P̄, for the cotangent g of X."""
     q_bar, z_bar, v_bar, core_bar = (xp.empty_like(x) for x in (q, z, v, core))
-    s2 = scale * scale
+    s2, memory = scale * scale, _Memory(q, xp)
     for group, blocks in _groups(q, z):
         q_, z_, v_, core_, system_, c_ = (_flat(x, group, xp) for x in (q, z, v, core, system, centre))
         sigma, w, g_ = (_flat(x, group, xp) for x in (sums, weights, g))
         z_ = z_ - c_
-        block = _block_maker(q_, z_, c_, scale, xp)
+        block = _block_maker(q_, z_, c_, scale, memory, xp)
         w_bar = None
         for rows in blocks:
             x, c = block(rows)
@@ -155,16 +176,15 @@ def backward(
         for rows in blocks:
             x, c = (x, c) if len(blocks) == 1 else block(rows)
             _put(v_bar, group, rows, c @ sigma_bar, xp)
-            h = g_[:, rows, :] @ xp.matrix_transpose(w)
-            h = add_product(h, v_[:, rows, :], xp.matrix_transpose(sigma_bar), xp, overwrite=True)
+            h = xp.matmul(g_[:, rows, :], xp.matrix_transpose(w), out=memory.take("h", c.shape))
+            h = add_product(h, v_[:, rows, :], xp.matrix_transpose(sigma_bar), xp, out=h)
             h *= c
             from_q = _plus(from_q, xp.matrix_transpose(h), x, xp)
             columns = columns + xp.sum(h, axis=-2)[..., None]
             x *= xp.sum(h, axis=-1, keepdims=True)
-            _put(q_bar, group, rows, add_product(x, h, z_, xp, beta=-s2, alpha=s2, overwrite=True), xp)
+            _put(q_bar, group, rows, add_product(x, h, z_, xp, beta=-s2, alpha=s2, out=x), xp)
         _put(z_bar, group, slice(None), (from_q - columns * z_) * s2, xp)
-        outer = w_bar @ xp.matrix_transpose(sigma) if system_ is None else -sigma_bar @ xp.matrix_transpose(w)
-        _put(core_bar, group, slice(None), outer, xp)
+        _put(core_bar, group, slice(None), inner_cotangent(system_, w_bar, sigma_bar, sigma, w), xp)
     return q_bar, z_bar, v_bar, core_bar
 
 
@@ -178,17 +198,33 @@ def _groups(q: Array, z: Array) -> Iterator[tuple[tuple[slice, slice], list[slic
             yield (images, some_heads), blocks
 
 
-def _block_maker(q: Array, z: Array, centre: Array, scale: float, xp: Namespace) -> Callable:
-    """rows ↦ (q − centre, C) there, both in new memory, for landmarks that are centred already."""
+class _Memory:
+    """Blocks to write to, the same ones again and again: fresh memory costs more than what is computed in it."""
+
+    def __init__(self, like: Array, xp: Namespace) -> None:
+        self.blocks: dict[tuple, Array] = {}
+        self.new = functools.partial(xp.empty, dtype=like.dtype, device=device(like))
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Array:
+        key = name, *shape
+        if key not in self.blocks:
+            self.blocks[key] = self.new(tuple(shape))
+        return self.blocks[key]
+
+
+def _block_maker(q: Array, z: Array, centre: Array, scale: float, memory: _Memory, xp: Namespace) -> Callable:
+    """rows ↦ (q − centre, C) there, until the next block is asked for, of landmarks that are centred already."""
     s2 = scale * scale
     z_t = xp.matrix_transpose(z)
     half_z = -0.5 * s2 * xp.sum(z * z, axis=-1)[..., None, :]
 
     def block(rows: slice) -> tuple[Array, Array]:
-        x = q[:, rows, :] - centre
-        exponent = add_product(half_z, x, z_t, xp, alpha=s2)
-        exponent = accumulate(exponent, xp.sum(x * x, axis=-1, keepdims=True), -0.5 * s2)
-        return x, exp_of_negative(exponent, xp)
+        some = q[:, rows, :]
+        x = xp.subtract(some, centre, out=memory.take("x", some.shape))
+        c = memory.take("c", (*some.shape[:-1], z.shape[-2]))
+        add_product(half_z, x, z_t, xp, alpha=s2, out=c)
+        accumulate(c, xp.sum(x * x, axis=-1, keepdims=True), -0.5 * s2)
+        return x, exp_of_negative(c, xp)
 
     return block
 
@@ -208,4 +244,4 @@ def _put(out: Array, group: tuple[slice, slice], rows: slice, values: Array, xp:
 
 def _plus(total: Array | None, a: Array, b: Array, xp: Namespace) -> Array:
     """total + a @ b, where there is a total."""
-    return a @ b if total is None else add_product(total, a, b, xp, overwrite=True)
+    return a @ b if total is None else add_product(total, a, b, xp, out=total)

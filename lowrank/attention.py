@@ -127,9 +127,8 @@ def softmax_free_attention(
         if queries is None:
             out = _only(_attend.attend(x, z, v, core, system, c, scale, xp), mask, xp)
         else:
-            z = (z - c) * scale
-            answers = _attend.gaussian_block(z, (x - c) * scale, xp) @ v  # (..., m, e)
-            out = _attend.gaussian_block((queries - c) * scale, z, xp) @ _attend.applied(core, system, answers)
+            asking, x, z = ((y - c) * scale for y in (queries, x, z))
+            out = _attend.attend_from(asking, x, z, v, core, system, xp)
     return xp.astype(out, result_dtype, copy=False)
 
 

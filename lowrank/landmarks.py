@@ -286,7 +286,7 @@ def _new_columns(
     columns = xp.take(x, index, axis=1) if kernel is None else kernel(x, xp.take(x, index, axis=0))
     for i, (old, rows) in enumerate(zip(factor, known, strict=True)):
         # What the kernel returned may belong to its author; the first difference is ours.
-        columns = add_product(columns, old, from_host(rows.T, x, xp), xp, alpha=-1.0, overwrite=i > 0)
+        columns = add_product(columns, old, from_host(rows.T, x, xp), xp, alpha=-1.0, out=columns if i > 0 else None)
     solved = solve_triangular(from_host(lower, x, xp), xp.matrix_transpose(columns), xp)
     return xp.matrix_transpose(solved)
 

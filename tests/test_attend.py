@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lowrank import _attend, pinv_newton, softmax_free_attention
+from lowrank._torch_rules import gaussian_product
 
 EPS = 2.0**-23
 
@@ -213,6 +214,21 @@ def test_queries_of_their_own():
     assert torch.autograd.gradcheck(
         lambda q, v, z, asking: softmax_free_attention(q, v, z, ridge=0.1, queries=asking), (q, v, z, asking)
     )
+
+
+@pytest.mark.parametrize(("d", "e"), [(3, 2), (2, 5)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_softmax_attention_with_one_more_key_is_the_gaussian_product(d, e, dtype):
+    x, y, v = points(1, 2, 3, 11, d, spread=1.5), points(2, 2, 3, 40, d, spread=1.5), points(3, 2, 3, 40, e)
+
+    def formula(x, y, v):
+        return torch.exp(-0.5 * (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)) @ v
+
+    ours = gradients(gaussian_product, *(t.to(dtype) for t in (x, y, v)))
+    for found, expected in zip(ours, gradients(formula, x, y, v), strict=True):
+        # Exponents reach ‖x‖² ≤ 40, each right to eps of that; sums over 40 points.
+        atol = 40 * torch.finfo(dtype).eps * expected.abs().max()
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")

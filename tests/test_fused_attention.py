@@ -6,6 +6,7 @@ As in ``test_fused``, functions that run a kernel do so in a process of their ow
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import multiprocessing
@@ -21,7 +22,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowrank import _fused_attention
+import lowrank
+from lowrank import _attend, _fused_attention
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="torch was installed without Triton, as for CPUs alone"
@@ -270,6 +272,31 @@ def outcomes(device: str, tensors: list[torch.Tensor]) -> list[dict[str, str]]:
         torch.library.opcheck(_fused_attention.product, (q, z, w)),
         torch.library.opcheck(_fused_attention.cotangents, (q, z, v, g, w, s_bar)),
     ]
+
+
+def through_the_kernels(device: str, solves: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Attention and its gradients by the kernels, whatever the device, and by the formula in float64."""
+    tensors = [x.to(device) for x in problem(37, 7, 8, 5, batch=(2, 3))[:3]]
+    weight = torch.ones(5, device=device)
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fused_attention, "applies", lambda *_: True)
+        inverse = None if solves else functools.partial(lowrank.pinv_newton, method="direct")
+        for dtype in (torch.float32, torch.float64):
+            if dtype == torch.float64:
+                patch.setattr(_attend, "attend", _attend.plain)
+            leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+            out = lowrank.softmax_free_attention(*leaves, ridge=0.1, lengthscale=1.3, inverse=inverse)
+            (out @ weight.to(dtype)).sum().backward()
+            results.append([out.detach().cpu(), *(x.grad.cpu() for x in leaves)])
+    return list(zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("solves", [True, False])
+def test_attention_takes_them(run, solves):
+    for ours, expected in run(through_the_kernels, solves):
+        # κ·eps with κ ≤ 1 + 7/0.1, and in the landmarks' cotangent the inverse twice.
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=71 * 10 * EPS * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("batch", [(2,), (2, 3)])
