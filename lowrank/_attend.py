@@ -32,7 +32,6 @@ from lowrank._array import (
     Namespace,
     accumulate,
     add_product,
-    carries_derivative,
     device,
     exp_of_negative,
     is_on_cpu,
@@ -71,7 +70,7 @@ def attend(
         return xp.reshape(xp.broadcast_to(x, (*batch, *x.shape[-2:])), (math.prod(batch[:-1]), heads, *x.shape[-2:]))
 
     q, z, v, core, system, centre = map(four_axes, (q, z, v, core, system, centre))
-    if any(map(carries_derivative, arrays)):
+    if compat.is_torch_array(q):
         from lowrank import _torch_rules
 
         out = _torch_rules.Attention.apply(q, z, v, core, system, centre, scale)

@@ -285,8 +285,8 @@ def through_the_kernels(device: str, solves: bool) -> list[tuple[torch.Tensor, t
         for dtype in (torch.float32, torch.float64):
             if dtype == torch.float64:
                 patch.setattr(_attend, "attend", _attend.plain)
-            leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
-            out = lowrank.softmax_free_attention(*leaves, ridge=0.1, lengthscale=1.3, inverse=inverse)
+            q, z, v = leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+            out = lowrank.softmax_free_attention(q, v, z, ridge=0.1, lengthscale=1.3, inverse=inverse)
             (out @ weight.to(dtype)).sum().backward()
             results.append([out.detach().cpu(), *(x.grad.cpu() for x in leaves)])
     return list(zip(*results, strict=True))
