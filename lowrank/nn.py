@@ -192,7 +192,7 @@ class SoftmaxFreeAttention(nn.Module):
             self._check_mask(x, mask, queries)
             x = x.masked_fill(~mask.unsqueeze(2), 0)  # NaN in the padding would reach the weights' gradients
         q, z, landmark_mask = self._queries_and_landmarks(x, size, mask)
-        asking = None if queries is None else self._scaled_queries(queries)
+        asking = None if queries is None else self._split_heads(self.query(queries))
         self._check_range(x, q, z)
         if queries is not None:
             self._check_range(queries, asking, asking)
@@ -204,7 +204,6 @@ class SoftmaxFreeAttention(nn.Module):
             q,
             self._split_heads(v),
             z,
-            lengthscale=1.0,
             ridge=self.ridge,
             normalize=self.normalize,
             landmark_mask=None if landmark_mask is None else landmark_mask.unsqueeze(1),
@@ -225,21 +224,16 @@ class SoftmaxFreeAttention(nn.Module):
         [0, 1]; no gradient is recorded.
         """
         q, z, _ = self._queries_and_landmarks(x, self._checked_size(x, size), None)
-        working = torch.promote_types(q.dtype, torch.float32)
+        working, scale = torch.promote_types(q.dtype, torch.float32), self.head_dim**-0.25
         with arithmetic(q):
-            return gaussian_block(q.to(working), z.to(working), namespace(q=q)).to(q.dtype)
-
-    def _scaled_queries(self, x: Tensor) -> Tensor:
-        """W_q x / d^¼, (B, N, dim) -> (B, heads, N, d)."""
-        # With Q already divided by d^¼ the kernel's lengthscale is 1, and landmarks are made of what is compared.
-        return self._split_heads(self.query(x)) * self.head_dim**-0.25
+            return gaussian_block(q.to(working) * scale, z.to(working) * scale, namespace(q=q)).to(q.dtype)
 
     def _queries_and_landmarks(
         self, x: Tensor, size: tuple[int, ...], mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Scaled queries (B, heads, N, d) and landmarks (B, heads, m, d) of one dtype, and which landmarks there are
-        for each element, (B, m), where a mask makes that a question."""
-        q = self._scaled_queries(x)  # (B, heads, N, d)
+        """Queries and landmarks, both times d^¼, (B, heads, N, d) and (B, heads, m, d) of one dtype, and which of these
+        there are for each element, (B, m), where a mask makes that a question."""
+        q = self._split_heads(self.query(x))  # (B, heads, N, d)
         batch, heads, _, d = q.shape
         z = q.reshape(batch * heads, *size, d).movedim(-1, 1)  # (B·heads, d, H, W)
         if self.stride is not None:
@@ -257,7 +251,9 @@ class SoftmaxFreeAttention(nn.Module):
                 z = z.flatten(0, 1)
         z = z.flatten(2).transpose(1, 2)  # (B·heads, m, d)
         if self.stride is not None:
-            z = F.gelu(self.landmark_norm(z))
+            # The division by d^¼ is left to the kernel's lengthscale, but for the norm, whose eps is a length.
+            scale = d**-0.25
+            z = F.gelu(self.landmark_norm(z * scale)) / scale
         # Under autocast the norm answers in fp32; C and A must see the same, queries' precision.
         z = z.reshape(batch, heads, -1, d).to(q.dtype)
         return q, z, None if cells is None else cells.flatten(1)

@@ -122,7 +122,7 @@ class SoftmaxBlock(nn.Module):
 
 def conv_norm_relu(in_chans: int, out_chans: int, stride: int) -> list[nn.Module]:
     conv = nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1)
-    return [conv, nn.BatchNorm2d(out_chans), nn.ReLU()]
+    return [conv, nn.BatchNorm2d(out_chans), nn.ReLU(inplace=True)]
 
 
 class Stage(nn.Module):
@@ -143,7 +143,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        image = self.patch_embed(image)  # (B, C, H, W)
+        image = self.patch_embed(image.contiguous(memory_format=torch.channels_last))  # (B, C, H, W)
         size = image.shape[-2], image.shape[-1]
         x = image.flatten(2).transpose(1, 2)  # (B, N, C)
         if self.cls_token is not None:
@@ -227,6 +227,8 @@ class Soft(nn.Module):
         self.apply(self._init_linear)
         for name in self.no_weight_decay():
             trunc_normal_(self.get_parameter(name), std=0.02)
+        # Tokens are images with the channels last, and so the convolutions need not turn them round.
+        self.to(memory_format=torch.channels_last)
 
     @staticmethod
     def _init_linear(module: nn.Module) -> None:
