@@ -138,7 +138,7 @@ def forward(
         w = applied(core_, system_, sigma)
         for rows in blocks:
             c = c if len(blocks) == 1 else block(rows)[1]
-            _put(out, group, rows, c @ w, xp)
+            _put(out, group, rows, memory.product(c, w), xp)
         _put(sums, group, slice(None), sigma, xp)
         _put(weights, group, slice(None), w, xp)
     return out, sums, weights
@@ -169,19 +169,19 @@ def backward(
         for rows in blocks:
             x, c = block(rows)
             w_bar = _plus(w_bar, xp.matrix_transpose(c), g_[:, rows, :], xp)
-        # Where there is a P it is symmetric, and so is M.
-        sigma_bar = applied(xp.matrix_transpose(core_), system_, w_bar)
-        from_q, columns = None, 0
+        # P is symmetric, and M, which inverts it from the left, serves the way back as well.
+        sigma_bar = applied(xp.matrix_transpose(core_) if system_ is None else core_, system_, w_bar)
+        from_q = None
         for rows in blocks:
             x, c = (x, c) if len(blocks) == 1 else block(rows)
-            _put(v_bar, group, rows, c @ sigma_bar, xp)
+            _put(v_bar, group, rows, memory.product(c, sigma_bar), xp)
             h = xp.matmul(g_[:, rows, :], xp.matrix_transpose(w), out=memory.take("h", c.shape))
             h = add_product(h, v_[:, rows, :], xp.matrix_transpose(sigma_bar), xp, out=h)
             h *= c
             from_q = _plus(from_q, xp.matrix_transpose(h), x, xp)
-            columns = columns + xp.sum(h, axis=-2)[..., None]
             x *= xp.sum(h, axis=-1, keepdims=True)
             _put(q_bar, group, rows, add_product(x, h, z_, xp, beta=-s2, alpha=s2, out=x), xp)
+        columns = xp.sum(w_bar * w + sigma * sigma_bar, axis=-1, keepdims=True)  # Hᵀ1, without another pass over H
         _put(z_bar, group, slice(None), (from_q - columns * z_) * s2, xp)
         _put(core_bar, group, slice(None), inner_cotangent(system_, w_bar, sigma_bar, sigma, w), xp)
     return q_bar, z_bar, v_bar, core_bar
@@ -203,12 +203,16 @@ class _Memory:
     def __init__(self, like: Array, xp: Namespace) -> None:
         self.blocks: dict[tuple, Array] = {}
         self.new = functools.partial(xp.empty, dtype=like.dtype, device=device(like))
+        self.matmul = xp.matmul
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
         key = name, *shape
         if key not in self.blocks:
             self.blocks[key] = self.new(tuple(shape))
         return self.blocks[key]
+
+    def product(self, a: Array, b: Array) -> Array:
+        return self.matmul(a, b, out=self.take("product", (*a.shape[:-1], b.shape[-1])))
 
 
 def _block_maker(q: Array, z: Array, centre: Array, scale: float, memory: _Memory, xp: Namespace) -> Callable:

@@ -155,7 +155,7 @@ class _fused_way:
     def backward(q, z, v, core, system, centre, scale, sums, weights, g, xp):
         x, y = (q - centre) * scale, (z - centre) * scale
         w_bar = _fused_attention.transposed_product(x, y, g)
-        sigma_bar = _attend.applied(core.mT, system, w_bar)
+        sigma_bar = _attend.applied(core.mT if system is None else core, system, w_bar)
         x_bar, y_bar, v_bar = _fused_attention.cotangents(x, y, v, g, weights, sigma_bar)
         return scale * x_bar, scale * y_bar, v_bar, _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
 

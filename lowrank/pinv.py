@@ -114,7 +114,7 @@ def pinv_newton(
         cutoff is too; ``info.cutoff`` holds the value used.
     hermitian : bool
         Declares that ``a`` equals its conjugate transpose, up to √eps of its largest entry; the Hermitian part is
-        what is inverted. The result equals its own conjugate transpose to the last bit.
+        what is inverted. The result equals its own conjugate transpose to the last bit, but with ``tol``.
     ridge : float
         δ > 0 declares ``a`` Hermitian positive semidefinite (``hermitian=True`` is required) and means
         ``a + δ I`` throughout. The number of steps then follows from δ and a bound on ‖a‖.
@@ -123,8 +123,9 @@ def pinv_newton(
         κ = (upper + δ)/δ without a look at ``a``, also in a traced program, where they are else those of the largest κ
         that the precision allows. For a kernel matrix n·max k(x, x) will do.
     tol : float, optional
-        With ``ridge`` and ``upper``: stop where ‖I − X(a + δ I)‖₂ ≤ ``tol``, up to rounding, and polish nothing: for a
-        preconditioner, or an inverse that is corrected where it is used. In (0, 1); by default the working precision.
+        With ``ridge`` and ``upper``: stop where ‖I − X(a + δ I)‖₂ ≤ ``tol``, up to rounding of κ·eps, and polish
+        nothing, nor make the result Hermitian: for a preconditioner, or an inverse that is corrected where it is used.
+        In (0, 1); by default the working precision.
     alpha : float or array of shape (...), optional
         Scale of the start X₀ = α Aᴴ, with ``steps`` only; converges for 0 < α < 2/σ_max². The default is
         1.8/(‖A‖₁‖A‖_∞).

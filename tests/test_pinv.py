@@ -341,6 +341,65 @@ def test_adjoint_and_scaling(case):
     assert np.array_equal(pinv_newton(a * 2.0**40) * 2.0**40, x)
 
 
+@pytest.mark.parametrize("tol", [None, 0.1, 1e-3, 1e-6])
+@pytest.mark.parametrize("condition", [3.0, 1e2, 4.9e3, 1e6])
+def test_a_declared_bound_and_tolerance(tol, condition, xp: Backend):
+    """‖I − XP‖ ≤ tol by steps known from (upper + δ)/δ, whatever part of the interval the spectrum takes."""
+    ridge = 1 / (condition - 1)
+    for low in (1e-9, 0.1, 0.999):
+        a = from_spectrum(np.linspace(1.0, low, 12), 12, 12)[0]
+        a = xp.asarray(np.stack([a @ a.T, np.eye(12) * low]))
+        x, info = pinv_newton(a, hermitian=True, ridge=ridge, upper=1.0, tol=tol, return_info=True)
+        x, steps = xp.check(x, a, (2, 12, 12)), to_host(info.steps)
+        off = np.linalg.norm(np.eye(12) - x @ (to_host(a) + ridge * np.eye(12)), 2, axis=(-2, -1))
+        # X times P is right to κ·eps.
+        assert np.all(off <= (tol or 0) + 20 * condition * 2.3e-16)
+        assert tol is not None or np.array_equal(x, np.swapaxes(x, -1, -2))
+        assert np.all(to_host(info.finite))
+        assert len(set(steps.tolist())) == 1
+        if tol is not None:
+            assert np.all(to_host(info.bound) <= tol)
+
+
+def test_a_tolerance_saves_products():
+    a = gaussian_gram(np.random.default_rng(0).standard_normal((4, 49, 8)))
+    options = {"hermitian": True, "ridge": 0.01, "upper": 49.0, "return_info": True}
+    products = [int(pinv_newton(a, **options, tol=tol)[1].products[0]) for tol in (0.1, 5e-3, 1e-6, None)]
+    assert products == sorted(products)
+    assert products[1] <= 11
+
+
+def test_a_bound_shortens_the_schedule_of_a_traced_program():
+    a = jnp.asarray(gaussian_gram(np.random.default_rng(0).standard_normal((3, 20, 2))))
+
+    def steps(**options):
+        traced = jax.jit(lambda a: pinv_newton(a, hermitian=True, ridge=0.01, return_info=True, **options))(a)
+        np.testing.assert_allclose(traced[0], np.linalg.inv(a + 0.01 * np.eye(20)), rtol=0, atol=2001 * 100 * 2.3e-15)
+        return int(traced[1].products[0])
+
+    assert steps(upper=20.0) < 0.7 * steps()
+
+
+@pytest.mark.parametrize("wrong", ["indefinite", "larger", "nan"])
+def test_a_bound_that_does_not_hold_is_seen(wrong):
+    good = gaussian_gram(np.random.default_rng(0).standard_normal((10, 3)))
+    bad = {"indefinite": good - 0.5 * np.eye(10), "larger": 40 * good, "nan": np.where(good == 1.0, np.nan, good)}[
+        wrong
+    ]
+    for tol in (None, 1e-3):
+        both, info = pinv_newton(
+            np.stack([good, bad]), hermitian=True, ridge=0.01, upper=10.0, tol=tol, return_info=True
+        )
+        alone = pinv_newton(good, hermitian=True, ridge=0.01, upper=10.0, tol=tol)
+        assert np.array_equal(both[0], alone)
+        if wrong != "larger" or tol is not None:
+            assert np.all(np.isnan(both[1]))
+            assert info.finite.tolist() == [True, False]
+        else:
+            # Polished and tried, it may as well have converged; a result that is not NaN is right.
+            assert np.isnan(both[1]).all() or np.allclose(both[1], np.linalg.inv(bad + 0.01 * np.eye(10)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"hermitian": True, "ridge": 0.01}, {"steps": 12}, {"method": "direct"}])
 def test_batch_equals_loop_and_neighbours_do_not_matter(xp: Backend, options):
     rng = np.random.default_rng(3)
@@ -652,6 +711,19 @@ def test_accurate_product_beats_working_precision(xp: Backend):
         (np.ones((2, 3, 3)), {"alpha": np.ones(3), "steps": 2}, ValueError, r"alpha has shape \(3,\).*batch \(2,\)"),
         (np.eye(3), {"method": "svd"}, ValueError, "'newton' or 'direct', not 'svd'"),
         (np.eye(3), {"method": "direct", "steps": 2}, ValueError, "leave it out for method='direct'"),
+        (np.eye(3), {"upper": 1.0}, ValueError, "upper=1.0 belongs to method='newton' with ridge > 0"),
+        (np.eye(3), RIDGE | {"upper": 0.0}, ValueError, "upper must be a number above 0"),
+        (np.eye(3), RIDGE | {"upper": np.inf}, ValueError, "upper must be a number above 0 and below inf, not inf"),
+        (np.eye(3), RIDGE | {"upper": 1.0, "steps": 2}, ValueError, "without steps"),
+        (np.eye(3), RIDGE | {"upper": 1.0, "method": "direct"}, ValueError, "belongs to method='newton'"),
+        (np.eye(3), RIDGE | {"tol": 0.1}, ValueError, "tol=0.1 needs upper"),
+        (
+            np.eye(3),
+            RIDGE | {"tol": 1.0, "upper": 1.0},
+            ValueError,
+            "tol must be a number above 0 and below 1.0, not 1.0",
+        ),
+        (np.eye(3), RIDGE | {"tol": "a", "upper": 1.0}, ValueError, "tol must be a number"),
     ],
 )
 def test_bad_input(a, options, error, message):
