@@ -228,6 +228,18 @@ def cholesky(a: Array, xp: Namespace) -> Array:
         return xp.full_like(a, float("nan"))
 
 
+def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """NumPy's rule, for sizes that may be symbols of a traced program. Raises ``ValueError``."""
+    rank = max(map(len, shapes), default=0)
+    result = []
+    for sizes in zip(*((1,) * (rank - len(shape)) + shape for shape in shapes), strict=True):
+        largest = [size for size in sizes if size != 1] or [1]
+        if any(size != largest[0] for size in largest):
+            raise ValueError(f"the shapes {shapes} do not broadcast")
+        result.append(largest[0])
+    return tuple(result)
+
+
 def is_on_cpu(x: Array) -> bool:
     """Whether x lives in the host's memory, where small caches reward small chunks."""
     return compat.is_numpy_array(x) or str(getattr(compat.device(x), "platform", compat.device(x))).lower().startswith(
@@ -260,17 +272,24 @@ def exp_of_negative(x: Array, xp: Namespace) -> Array:
     return xp.exp(xp.minimum(x, 0.0, out=x), out=x)
 
 
+def identity(like: Array, xp: Namespace) -> Array:
+    """I of the order, dtype and device of a square matrix."""
+    # By comparison, for torch's exporters break eye(n) into writes to a view, and do not follow those.
+    k = xp.arange(like.shape[-1], device=device(like))
+    return xp.astype(k[:, None] == k[None, :], like.dtype)
+
+
 def add_to_diagonal(x: Array, alpha: Array | float, xp: Namespace) -> Array:
     """x + αI in the memory of x, which is the caller's own, where the library writes to arrays; α is a number or an
     array of x's batch shape."""
     along: Array = alpha if isinstance(alpha, (int, float)) else alpha[..., None]
-    if compat.is_torch_array(x):
+    if compat.is_torch_array(x) and not is_traced(x):  # exporters do not follow writes to a view
         x.diagonal(dim1=-2, dim2=-1).add_(along)
     elif compat.is_numpy_array(x):
         np.einsum("...ii->...i", x)[...] += along
     else:
         every: Array = along if isinstance(alpha, (int, float)) else along[..., None]
-        x += every * xp.eye(x.shape[-1], dtype=x.dtype, device=device(x))
+        x += every * identity(x, xp)
     return x
 
 

@@ -20,12 +20,8 @@ Numerical Algorithms", 2002, chapter 12, on iterative refinement).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import array_api_compat as compat
-import numpy as np
 
 from lowrank._array import (
     Array,
@@ -35,9 +31,6 @@ from lowrank._array import (
     device,
     exp_of_negative,
     is_on_cpu,
-    is_traced,
-    is_transformed,
-    writes,
 )
 from lowrank.kernels import _expanded_squared_distances, _slices
 
@@ -48,35 +41,6 @@ _CPU_ENTRIES, _GPU_ENTRIES = 2**19, 2**25
 # After the first correction the error of w is of the order of (cond(P)·eps)², after the second below rounding; and the
 # derivative that a library takes of the corrections alone has the error that w had one correction before.
 CORRECTIONS = 2
-
-
-def attend(
-    q: Array, z: Array, v: Array, core: Array, system: Array | None, centre: Array, scale: float, xp: Namespace
-) -> Array:
-    """X for q (..., n, d), z (..., m, d), v (..., n, e), M and P (..., m, m), or M alone, and centre (..., 1, d).
-
-    Where P is given M is a constant, and derivatives are those of P⁻¹.
-    """
-    arrays = (q, z, v, core, centre) if system is None else (q, z, v, core, centre, system)
-    # Programs that are traced and derivatives other than the first, backward, want one expression.
-    if not writes(q) or is_traced(*arrays) or is_transformed(*arrays) or min(*v.shape, z.shape[-2]) == 0:
-        return plain(q, z, v, core, system, centre, scale, xp)
-    batch = np.broadcast_shapes(*(tuple(x.shape[:-2]) for x in arrays))
-    heads = batch[-1] if batch else 1
-
-    def four_axes(x: Any) -> Any:
-        if x is None:
-            return None
-        return xp.reshape(xp.broadcast_to(x, (*batch, *x.shape[-2:])), (math.prod(batch[:-1]), heads, *x.shape[-2:]))
-
-    q, z, v, core, system, centre = map(four_axes, (q, z, v, core, system, centre))
-    if compat.is_torch_array(q):
-        from lowrank import _torch_rules
-
-        out = _torch_rules.Attention.apply(q, z, v, core, system, centre, scale)
-    else:
-        out, _, _ = forward(q, z, v, core, system, centre, scale, xp)
-    return xp.reshape(out, (*batch, *out.shape[-2:]))
 
 
 def plain(
@@ -104,20 +68,6 @@ def gaussian_block(x: Array, y: Array, xp: Namespace) -> Array:
 def inner_cotangent(system: Array | None, w_bar: Array, sigma_bar: Array, sigma: Array, w: Array) -> Array:
     """M̄, or P̄ where P is given."""
     return w_bar @ sigma.mT if system is None else -sigma_bar @ w.mT
-
-
-def attend_from(
-    queries: Array, q: Array, z: Array, v: Array, core: Array, system: Array | None, xp: Namespace
-) -> Array:
-    """k(queries, z) M k(z, q) v, of points in units of the lengthscale and near the origin."""
-    if compat.is_torch_array(q) and not (is_traced(queries, q, z, v) or is_transformed(queries, q, z, v)):
-        from lowrank._torch_rules import gaussian_product
-    else:
-
-        def gaussian_product(x: Array, y: Array, v: Array) -> Array:
-            return gaussian_block(x, y, xp) @ v
-
-    return gaussian_product(queries, z, applied(core, system, gaussian_product(z, q, v)))
 
 
 def forward(

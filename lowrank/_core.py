@@ -17,6 +17,7 @@ from lowrank._array import (
     Array,
     Namespace,
     arithmetic,
+    broadcast_shapes,
     cholesky,
     device,
     is_traced,
@@ -70,7 +71,7 @@ def shifted_cholesky(w: Array, *, eps: float, xp: Namespace) -> Array:
 
 def solve_right(lower: Array, c: Array, xp: Namespace) -> Array:
     """C L⁻ᵀ. One L for a whole batch is applied to all its rows at once."""
-    shape = (*np.broadcast_shapes(tuple(c.shape[:-2]), tuple(lower.shape[:-2])), *c.shape[-2:])
+    shape = (*broadcast_shapes(tuple(c.shape[:-2]), tuple(lower.shape[:-2])), *c.shape[-2:])
     if lower.ndim == 2:
         c = xp.reshape(c, (-1, shape[-1]))
     else:
@@ -105,7 +106,7 @@ def trace_error(along: Array, factor: Array, xp: Namespace) -> Array:
 def checked_block(block: Array, x: Array, z: Array) -> Array:
     """k(x, z), after checking that it is a block of finite values, one for each pair."""
     xp = namespace(x=x, block=block)
-    batch = np.broadcast_shapes(tuple(x.shape[:-2]), tuple(z.shape[:-2]))
+    batch = broadcast_shapes(tuple(x.shape[:-2]), tuple(z.shape[:-2]))
     if tuple(block.shape) != (*batch, x.shape[-2], z.shape[-2]):
         raise ValueError(
             f"the kernel returned a block of shape {tuple(block.shape)} for points of shapes {tuple(x.shape)} and "

@@ -82,10 +82,6 @@ def or_nan(valid: Array, x: Array, xp: Namespace) -> Array:
     return xp.where(as_matrices(valid), x, xp.asarray(math.nan, dtype=x.dtype, device=device(x)))
 
 
-def identity(a: Array, xp: Namespace) -> Array:
-    return xp.eye(a.shape[-1], dtype=a.dtype, device=device(a))
-
-
 @remembered
 def normal(*shape: int) -> np.ndarray:
     """Normal random numbers, the same in every call."""

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import array_api_compat.torch as xp
 import torch
-import torch.nn.functional as F
 
-from lowrank import _attend, _fused_attention
-from lowrank._array import arithmetic, is_traced
+from lowrank._array import arithmetic
 from lowrank._differentials import cotangent, differential, distance_cotangent, distance_differential
 from lowrank._schedule import constants
 
@@ -104,79 +102,3 @@ class SquaredDistances(torch.autograd.Function):
             for shape in [[k for i, k in enumerate(a.shape) if i != dim]]
         ]
         return SquaredDistances.apply(choose, *moved), 0
-
-
-class Attention(torch.autograd.Function):
-    """C M (Cᵀ v), whose way back computes C again: by the kernels of ``_fused_attention`` where they serve, else by the
-    blocks of ``_attend``."""
-
-    @staticmethod
-    def forward(ctx, q, z, v, core, system, centre, scale):
-        ctx.way = _fused_way if _fused_attention.applies(q, z, v) else _attend
-        out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp)
-        ctx.save_for_backward(q, z, v, core, system, centre, sums, weights)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx, g):
-        q, z, v, core, system, centre, sums, weights = ctx.saved_tensors
-        with arithmetic(q):
-            if torch.is_grad_enabled() or is_traced(g):
-                return Attention.differentiable_backward(ctx, g)
-            q_bar, z_bar, v_bar, inner = ctx.way.backward(
-                q, z, v, core, system, centre, ctx.scale, sums, weights, g, xp
-            )
-        return q_bar, z_bar, v_bar, *((inner, None) if system is None else (None, inner)), None, None
-
-    @staticmethod
-    def differentiable_backward(ctx, g):
-        """By the formula, to be differentiated again or for many cotangents at once."""
-        q, z, v, core, system, centre, *_ = ctx.saved_tensors
-        inputs = q, z, v, core, system
-        wanted = [x for x, wants in zip(inputs, ctx.needs_input_grad, strict=False) if wants]
-        with torch.enable_grad():
-            out = _attend.plain(q, z, v, core, system, centre, ctx.scale, xp)
-        found = iter(torch.autograd.grad(out, wanted, g, create_graph=torch.is_grad_enabled()))
-        return *(next(found) if wants else None for wants in ctx.needs_input_grad[:5]), None, None
-
-
-class _fused_way:
-    """``forward`` and ``backward`` of ``_attend`` by kernels that never store a block of C."""
-
-    @staticmethod
-    def forward(q, z, v, core, system, centre, scale, xp):
-        x, y = (q - centre) * scale, (z - centre) * scale
-        sums = _fused_attention.transposed_product(x, y, v)
-        weights = _attend.applied(core, system, sums)
-        return _fused_attention.product(x, y, weights), sums, weights
-
-    @staticmethod
-    def backward(q, z, v, core, system, centre, scale, sums, weights, g, xp):
-        x, y = (q - centre) * scale, (z - centre) * scale
-        w_bar = _fused_attention.transposed_product(x, y, g)
-        sigma_bar = _attend.applied(core.mT if system is None else core, system, w_bar)
-        x_bar, y_bar, v_bar = _fused_attention.cotangents(x, y, v, g, weights, sigma_bar)
-        return scale * x_bar, scale * y_bar, v_bar, _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
-
-
-def gaussian_product(x, y, v):
-    """exp(−‖x − y‖²/2) v by torch's softmax attention, which stores no block, with one key more.
-
-    Softmax over xᵀy − ‖y‖²/2 and, for that key, ‖x‖²/2 gives the key the weight 1/(1 + Σ exp(−‖x − y‖²/2)) and each y
-    that times exp(−‖x − y‖²/2). The key has no value, but one more column of the values is 1 there alone, and returns
-    its weight, at least 1/(1 + the number of y), to divide by.
-    """
-    half_x, half_y = (0.5 * t.square().sum(-1, keepdim=True) for t in (x, y))
-    d, e = x.shape[-1], v.shape[-1]
-    width = max(d + 2, e + 1)  # kernels are made for one
-    asked = F.pad(torch.cat([x, torch.ones_like(half_x), half_x], -1), (0, width - d - 2))
-    keys = _with_unit_row(torch.cat([y, -half_y], -1), d + 1, width)
-    out = F.scaled_dot_product_attention(asked, keys, _with_unit_row(v, e, width), scale=1.0)
-    return out[..., :e] / out[..., e : e + 1]
-
-
-def _with_unit_row(t, at, width):
-    """t with columns of zeros up to ``width`` and one more row, 1 in column ``at`` and 0 elsewhere."""
-    row = (torch.arange(width, device=t.device) == at).to(t).expand(*t.shape[:-2], 1, width)
-    return torch.cat([F.pad(t, (0, width - t.shape[-1])), row], -2)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from lowrank._accurate import accurate_cost, accurate_product
-from lowrank._array import Array, Namespace, from_host, is_traced, matrix_transpose_conj
+from lowrank._array import Array, Namespace, from_host, identity, is_traced, matrix_transpose_conj
 from lowrank._newton import (
     MARGIN,
     Work,
@@ -23,7 +23,6 @@ from lowrank._newton import (
     as_matrices,
     first_polynomial,
     frobenius,
-    identity,
     normal,
     polynomial,
     unit,

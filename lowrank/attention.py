@@ -14,11 +14,22 @@ from collections.abc import Callable
 from typing import Any
 
 import array_api_compat as compat
-import numpy as np
 
 from lowrank import _attend
 from lowrank import pinv as _pinv
-from lowrank._array import Array, Namespace, arithmetic, device, is_half, is_traced, namespace, stop_gradient
+from lowrank._array import (
+    Array,
+    Namespace,
+    arithmetic,
+    broadcast_shapes,
+    identity,
+    is_half,
+    is_traced,
+    is_transformed,
+    namespace,
+    stop_gradient,
+    writes,
+)
 from lowrank.kernels import _checked_lengthscale
 
 
@@ -125,10 +136,10 @@ def softmax_free_attention(
         c = _centre(z, landmark_mask, xp)
         core, system = _core((z - c) * scale, landmark_mask, ridge, normalize, inverse, xp)
         if queries is None:
-            out = _only(_attend.attend(x, z, v, core, system, c, scale, xp), mask, xp)
+            out = _only(_attended(x, z, v, core, system, c, scale, xp), mask, xp)
         else:
             asking, x, z = ((y - c) * scale for y in (queries, x, z))
-            out = _attend.attend_from(asking, x, z, v, core, system, xp)
+            out = _attended_from(asking, x, z, v, core, system, xp)
     return xp.astype(out, result_dtype, copy=False)
 
 
@@ -159,15 +170,17 @@ def _core(
     both = None if mask is None else mask[..., :, None] & mask[..., None, :]
     if both is not None:
         # The inverse of a block diagonal matrix is block diagonal: what is masked does not touch what is not.
-        a = xp.where(both, a, xp.eye(a.shape[-1], dtype=a.dtype, device=device(a)))
+        a = xp.where(both, a, identity(a, xp))
     solves = inverse is None and ridge > 0
     if solves:
         # What the corrections in _attend leave of an error, its power, is below rounding; no row sum of A exceeds m.
-        tol = float(xp.finfo(a.dtype).eps) ** (1 / (1 + _attend.CORRECTIONS))
-        core = _pinv.pinv_newton(stop_gradient(a), hermitian=True, ridge=ridge, upper=max(1.0, a.shape[-1]), tol=tol)
+        # (An m that is a symbol of a traced program bounds nothing.)
+        m, tol = a.shape[-1], float(xp.finfo(a.dtype).eps) ** (1 / (1 + _attend.CORRECTIONS))
+        known = {"upper": float(max(1, m)), "tol": tol} if isinstance(m, int) else {}
+        core = _pinv.pinv_newton(stop_gradient(a), hermitian=True, ridge=ridge, **known)
     else:
         core = invert(a, hermitian=True, ridge=ridge)
-    system = a + ridge * xp.eye(a.shape[-1], dtype=a.dtype, device=device(a)) if solves else None
+    system = a + ridge * identity(a, xp) if solves else None
     if normalize:
         root = xp.sqrt(xp.sum(a, axis=-1, keepdims=True))  # D^½; D ≥ 1, as k(z, z) = 1
         roots = root * xp.matrix_transpose(root)
@@ -176,6 +189,49 @@ def _core(
     if both is not None:
         core = xp.where(both, core, xp.zeros_like(core))
     return core, system
+
+
+def _attended(
+    q: Array, z: Array, v: Array, core: Array, system: Array | None, centre: Array, scale: float, xp: Namespace
+) -> Array:
+    """X for q (..., n, d), z (..., m, d), v (..., n, e), M and P (..., m, m), or M alone, and centre (..., 1, d).
+
+    Where P is given M is a constant, and derivatives are those of P⁻¹.
+    """
+    arrays = (q, z, v, core, centre) if system is None else (q, z, v, core, centre, system)
+    # Programs that are traced and derivatives other than the first, backward, want one expression.
+    if not writes(q) or is_traced(*arrays) or is_transformed(*arrays) or min(*v.shape, z.shape[-2]) == 0:
+        return _attend.plain(q, z, v, core, system, centre, scale, xp)
+    batch = broadcast_shapes(*(tuple(x.shape[:-2]) for x in arrays))
+    heads = batch[-1] if batch else 1
+
+    def four_axes(x: Any) -> Any:
+        if x is None:
+            return None
+        return xp.reshape(xp.broadcast_to(x, (*batch, *x.shape[-2:])), (math.prod(batch[:-1]), heads, *x.shape[-2:]))
+
+    q, z, v, core, system, centre = map(four_axes, (q, z, v, core, system, centre))
+    if compat.is_torch_array(q):
+        from lowrank._torch_attention import Attention
+
+        out = Attention.apply(q, z, v, core, system, centre, scale)
+    else:
+        out, _, _ = _attend.forward(q, z, v, core, system, centre, scale, xp)
+    return xp.reshape(out, (*batch, *out.shape[-2:]))
+
+
+def _attended_from(
+    queries: Array, q: Array, z: Array, v: Array, core: Array, system: Array | None, xp: Namespace
+) -> Array:
+    """k(queries, z) M k(z, q) v, of points in units of the lengthscale and near the origin."""
+    if compat.is_torch_array(q) and not (is_traced(queries, q, z, v) or is_transformed(queries, q, z, v)):
+        from lowrank._torch_attention import gaussian_product
+    else:
+
+        def gaussian_product(x: Array, y: Array, v: Array) -> Array:
+            return _attend.gaussian_block(x, y, xp) @ v
+
+    return gaussian_product(queries, z, _attend.applied(core, system, gaussian_product(z, q, v)))
 
 
 def _check_shapes(points: dict[str, Array]) -> None:
@@ -193,7 +249,7 @@ def _check_shapes(points: dict[str, Array]) -> None:
             f"q has shape {shapes['q']} and v {shapes['v']}; their second axes from the end, the tokens, must be equal"
         )
     try:
-        np.broadcast_shapes(*(shape[:-2] for shape in shapes.values()))
+        broadcast_shapes(*(shape[:-2] for shape in shapes.values()))
     except ValueError:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"the leading axes must broadcast; the shapes are {listed}") from None

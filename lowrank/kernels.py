@@ -18,6 +18,7 @@ from lowrank._array import (
     Array,
     Namespace,
     arithmetic,
+    broadcast_shapes,
     device,
     from_host,
     generator,
@@ -354,10 +355,10 @@ def _pairs(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def _blockwise(choose: Callable, x: Array, y: Array, v: Array, s: Array, c: Array, xp: Namespace) -> Array:
     """Σ over blocks of y of k(x, y) v, for one block of x after the other."""
     n, m = x.shape[-2], y.shape[-2]
-    batch = np.broadcast_shapes(tuple(x.shape[:-2]), tuple(y.shape[:-2]))
+    batch = broadcast_shapes(tuple(x.shape[:-2]), tuple(y.shape[:-2]))
     entries = max(1, _BLOCK_ENTRIES // max(1, math.prod(batch)))
     if n == 0 or m == 0:
-        batch = np.broadcast_shapes(batch, tuple(v.shape[:-2]))
+        batch = broadcast_shapes(batch, tuple(v.shape[:-2]))
         return xp.zeros((*batch, n, v.shape[-1]), dtype=x.dtype, device=device(x))
     rows = min(n, max(math.isqrt(entries), entries // m))
     columns = entries // rows
@@ -462,7 +463,7 @@ def _either(x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Array:
 
 def _sums(x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Array:
     n, m, d = x.shape[-2], y.shape[-2], x.shape[-1]
-    batch = np.broadcast_shapes(tuple(x.shape[:-2]), tuple(y.shape[:-2]))
+    batch = broadcast_shapes(tuple(x.shape[:-2]), tuple(y.shape[:-2]))
     if d == 0:
         return xp.zeros((*batch, n, m), dtype=x.dtype, device=device(x))
     # Features of y one after the other, each contiguous: it is read once for every row of x.
@@ -522,7 +523,7 @@ def _checked_points(x: Array, y: Array, **values: Array) -> Namespace:
     if "v" in shapes and shapes["v"][-2] != shapes["y"][-2]:
         raise ValueError(f"v has shape {shapes['v']} and y {shapes['y']}; v needs one row for each point of y")
     try:
-        np.broadcast_shapes(*(shape[:-2] for shape in shapes.values()))
+        broadcast_shapes(*(shape[:-2] for shape in shapes.values()))
     except ValueError:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"the leading axes must broadcast; the shapes are {listed}") from None

@@ -244,11 +244,13 @@ class SoftmaxFreeAttention(nn.Module):
             # repeated landmarks add nothing but a singular core. (Not min(g, n): in a program compiled for sizes of
             # every kind that is a formula, while the core's schedule needs g, a number.)
             grid = tuple(g if g <= n else n for g, n in zip(self.grid, z.shape[2:], strict=True))
-            if cells is None:
+            if cells is None and all(isinstance(n, int) for n in z.shape[2:]):
                 z = _POOLING[self.spatial_dims](z, grid)
             else:
-                z, cells = _pooled(z.unflatten(0, (batch, heads)), cells, grid)
-                z = z.flatten(0, 1)
+                # Where sizes are symbols of a traced program as well: exporters write pooling down for one size alone.
+                counted = cells if cells is not None else z.new_ones((batch, *z.shape[2:]), dtype=torch.bool)
+                z, counted = _pooled(z.unflatten(0, (batch, heads)), counted, grid)
+                z, cells = z.flatten(0, 1), None if cells is None else counted
         z = z.flatten(2).transpose(1, 2)  # (B·heads, m, d)
         if self.stride is not None:
             # The division by d^¼ is left to the kernel's lengthscale, but for the norm, whose eps is a length.

@@ -20,9 +20,11 @@ from lowrank._array import (
     Array,
     Namespace,
     arithmetic,
+    broadcast_shapes,
     carries_derivative,
     device,
     has_derivative,
+    identity,
     is_half,
     is_traced,
     matrix_transpose_conj,
@@ -243,7 +245,7 @@ def _check_options(a, rtol, hermitian, ridge, alpha, steps, method) -> None:
             raise ValueError("alpha scales the start of the textbook iteration; pass steps as well")
         alpha_shape = tuple(getattr(alpha, "shape", ()))
         try:
-            fits = np.broadcast_shapes(alpha_shape, shape[:-2]) == shape[:-2]
+            fits = broadcast_shapes(alpha_shape, shape[:-2]) == shape[:-2]
         except ValueError:
             fits = False
         if not fits:
@@ -312,7 +314,7 @@ def _nothing_to_do(a: Array, xp: Namespace) -> Work:
 def _textbook(p: Array, *, steps: int, alpha: Any, ridge: float, xp: Namespace) -> tuple[Array, Work]:
     """X₀ = α Pᴴ, X ← 2X − XPX (Lu et al., NeurIPS 2021, eq. 9), differentiable step by step."""
     finite, p = finite_part(p, xp)
-    p = p + ridge * xp.eye(p.shape[-1], dtype=p.dtype, device=device(p)) if ridge > 0 else p
+    p = p + ridge * identity(p, xp) if ridge > 0 else p
     magnitude = xp.abs(p)
     one_norm = xp.max(xp.sum(magnitude, axis=-2), axis=-1)
     inf_norm = xp.max(xp.sum(magnitude, axis=-1), axis=-1)
@@ -367,7 +369,7 @@ def _truncated(a: Array, *, rtol: float, hermitian: bool, xp: Namespace) -> tupl
 def _direct(p: Array, *, rtol: float, hermitian: bool, ridge: float, xp: Namespace) -> tuple[Array, Work]:
     """The same truncated pseudoinverse from the library's own eigh or SVD."""
     valid, p = finite_part(p, xp)
-    p = p + ridge * xp.eye(p.shape[-1], dtype=p.dtype, device=device(p)) if ridge > 0 else p
+    p = p + ridge * identity(p, xp) if ridge > 0 else p
     if hermitian:
         values, right = xp.linalg.eigh(p)
         left_h, magnitude = matrix_transpose_conj(right, xp), xp.abs(values)

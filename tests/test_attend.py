@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lowrank import _attend, pinv_newton, softmax_free_attention
-from lowrank._torch_rules import gaussian_product
+from lowrank import attention as room
+from lowrank._torch_attention import gaussian_product
 
 EPS = 2.0**-23
 
@@ -43,7 +44,7 @@ def gradients(f, *given):
 def ways(scale=1.0):
     """The blocked way and the formula, of q, z, v, core, system and centre."""
     return [
-        functools.partial(lambda way, *given: way(*given, scale, XP), way) for way in (_attend.attend, _attend.plain)
+        functools.partial(lambda way, *given: way(*given, scale, XP), way) for way in (room._attended, _attend.plain)
     ]
 
 
@@ -70,7 +71,7 @@ def test_numpy_blocks_agree_with_the_formula(solves, entries):
         if x is not None:
             x.flags.writeable = False
     xp = array_api_compat.array_namespace(given[0])
-    ours, expected = (way(*given, 0.7, xp) for way in (_attend.attend, _attend.plain))
+    ours, expected = (way(*given, 0.7, xp) for way in (room._attended, _attend.plain))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e3 * np.finfo(float).eps * np.max(np.abs(expected)))
 
 

@@ -37,8 +37,11 @@ MAY_KNOW = {
     "_low_rank": {"_array", "landmarks", "_core", "_certificate", "_saved"},
     "factor": {"_array", "kernels", "landmarks", "_core", "_low_rank"},
     "solve": {"_array", "kernels", "factor"},
-    "attention": {"_array", "kernels", "pinv"},
-    "nn": {"_array", "attention"},
+    "_attend": {"_array", "kernels"},
+    "_fused_attention": set(),
+    "_torch_attention": {"_array", "_attend", "_fused_attention"},
+    "attention": {"_array", "kernels", "pinv", "_attend", "_torch_attention"},
+    "nn": {"_array", "_attend", "attention"},
     "sklearn": {"_array", "kernels", "landmarks", "_core"},
     "dask": {"_array", "kernels", "landmarks", "_core", "factor"},
 }

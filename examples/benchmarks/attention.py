@@ -1,6 +1,8 @@
-"""Time, memory and error of attention against the number of tokens, from 256 to 2²⁰, for six kinds of attention.
+"""Time, memory and error of attention against the number of tokens, from 256 to 2²⁰, for seven kinds of attention.
 
 lowrank        ``softmax_free_attention`` with 49 landmarks, the means of 49 segments, which are part of the call.
+null key       The same by two calls of torch's scaled_dot_product_attention with one key more: the way of
+               ``queries=``, here the keys themselves.
 textbook       The same formula as it is usually written (Lu et al., NeurIPS 2021, as released): three products for
                each block of distances, 20 Newton steps with −XᵀGXᵀ for the gradient, then (C·A⁺)·(Cᵀv).
 Gaussian       All of k(q, q) v, by ``gaussian_matmul``.
@@ -96,8 +98,13 @@ def textbook(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
     return (c @ PublishedInverse.apply(a)) @ (c.mT @ v)
 
 
+def null_key(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
+    """The way of queries that are not the keys: torch's softmax attention with one key more, twice."""
+    return softmax_free_attention(q, v, z, queries=q, ridge=RIDGE)
+
+
 # Softmax-free attention on given landmarks, by name: q, v, z -> k(q, z) A⁺ k(z, q) v.
-ROUTES = {"lowrank": partial(softmax_free_attention, ridge=RIDGE), "textbook": textbook}
+ROUTES = {"lowrank": partial(softmax_free_attention, ridge=RIDGE), "null key": null_key, "textbook": textbook}
 
 
 def on_landmarks(route: Callable, q: Tensor, v: Tensor) -> Tensor:
@@ -259,7 +266,7 @@ def measure(options: argparse.Namespace, heads: int, n: int, backward: bool, bef
                 continue
         calls[name] = partial(call, method, inputs, backward)
         used[name] = partial(memory, name, heads, n, dtype, backward, options.device)
-    figures = timed(calls, used, options.device, *((2, 0.2) if options.quick else (25, 5.0)))
+    figures = timed(calls, used, options.device, *((2, 0.2) if options.quick else (15, 2.0)))
     for row in rows:
         if (name := row["method"]) in calls:
             row |= figures[name] | {"error": error(name, methods(dtype)[name], inputs, backward)}

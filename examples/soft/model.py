@@ -122,6 +122,8 @@ class SoftmaxBlock(nn.Module):
 
 def conv_norm_relu(in_chans: int, out_chans: int, stride: int) -> list[nn.Module]:
     conv = nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1)
+    # Tokens are an image with its channels last, and so it need not be turned round.
+    conv.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=torch.channels_last))
     return [conv, nn.BatchNorm2d(out_chans), nn.ReLU(inplace=True)]
 
 
@@ -147,7 +149,7 @@ class Stage(nn.Module):
         size = image.shape[-2], image.shape[-1]
         x = image.flatten(2).transpose(1, 2)  # (B, N, C)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, C)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, C)
         x = x + self.positions(size)
         for block in self.blocks:
             x = block(x, size)
@@ -227,8 +229,6 @@ class Soft(nn.Module):
         self.apply(self._init_linear)
         for name in self.no_weight_decay():
             trunc_normal_(self.get_parameter(name), std=0.02)
-        # Tokens are images with the channels last, and so the convolutions need not turn them round.
-        self.to(memory_format=torch.channels_last)
 
     @staticmethod
     def _init_linear(module: nn.Module) -> None:
