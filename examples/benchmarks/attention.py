@@ -325,7 +325,9 @@ def plot(rows: list[dict], found: list[dict], path: Path, title: str) -> None:
 
 
 def setting(script: str, device: str, arguments: list[str] | None) -> dict:
-    words = [f"python examples/benchmarks/{script}.py", *(sys.argv[1:] if arguments is None else arguments)]
+    given = sys.argv[1:] if arguments is None else arguments
+    where = given.index("--output") if "--output" in given else len(given)  # which is nobody's business
+    words = [f"python examples/benchmarks/{script}.py", *given[:where], *given[where + 2 :]]
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     about = {"command": " ".join(words), "date": time.strftime("%Y-%m-%d"), "machine": machine}
     return about | {"threads": torch.get_num_threads(), "torch": torch.__version__}
