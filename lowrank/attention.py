@@ -77,9 +77,10 @@ def softmax_free_attention(
         (..., n', e). It approximates a block of a Gram matrix, not a Gram matrix, so that nothing is semidefinite
         about its error. ``mask`` concerns ``q`` and ``v`` alone then.
     inverse : callable, optional
-        Called as ``inverse(a, hermitian=True, ridge=ridge)`` with a of shape (..., m, m); returns (a + δ I)⁺.
-        The default is :func:`lowrank.pinv_newton`; ``functools.partial(pinv_newton, steps=20)`` is the
-        unconverged iteration of the paper.
+        Called as ``inverse(a, hermitian=True, ridge=ridge)`` with a of shape (..., m, m); returns (a + δ I)⁺, which is
+        used and differentiated as it is: ``functools.partial(pinv_newton, steps=20)`` is the unconverged iteration of
+        the paper. By default the system with a + δ I is solved, by two corrections of what an approximate inverse
+        of :func:`lowrank.pinv_newton` gives (with δ = 0, by its pseudoinverse).
 
     Returns
     -------
