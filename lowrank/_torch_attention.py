@@ -19,7 +19,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, z, v, core, system, centre, scale):
-        ctx.way = _fused_way if _fused_attention.applies(q, z, v) else _attend
+        ctx.way = _ByKernels if _fused_attention.applies(q, z, v) else _attend
         out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp)
         ctx.save_for_backward(q, z, v, core, system, centre, sums, weights)
         ctx.scale = scale
@@ -48,7 +48,7 @@ class Attention(torch.autograd.Function):
         return *(next(found) if wants else None for wants in ctx.needs_input_grad[:5]), None, None
 
 
-class _fused_way:
+class _ByKernels:
     """``forward`` and ``backward`` of ``_attend`` by kernels that never store a block of C."""
 
     @staticmethod

@@ -122,6 +122,8 @@ def softmax_free_attention(
     ell = max(q.shape[-1], 1) ** 0.25 if lengthscale is None else _checked_lengthscale(lengthscale, q, xp)
     if not (isinstance(ridge, numbers.Real) and math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge must be a finite number >= 0, not {ridge!r}")
+    if inverse is not None and not callable(inverse):
+        raise TypeError(f"inverse must be a function of (a, hermitian=, ridge=), or None, not {inverse!r}")
 
     result_dtype = q.dtype
     if is_half(q):

@@ -117,9 +117,9 @@ class SoftmaxFreeAttention(nn.Module):
             raise ValueError(f"stride must be at least 1, not {stride}")
         if grid is not None:
             axes = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,) * spatial_dims
-            if len(axes) != spatial_dims or min(axes) < 1:
+            if len(axes) != spatial_dims or not all(isinstance(g, int) and g > 0 for g in axes):
                 raise ValueError(
-                    f"grid must have at least one landmark along each of {spatial_dims} axes, not {grid}; "
+                    f"grid must have at least one landmark along each of {spatial_dims} axes, not {grid!r}; "
                     "give an int, or one for each axis"
                 )
         if value_kernel is not None and (value_kernel < 1 or value_kernel % 2 == 0):
@@ -178,7 +178,7 @@ class SoftmaxFreeAttention(nn.Module):
         Raises
         ------
         TypeError
-            If ``mask`` is no tensor of bool.
+            If ``x`` is no tensor of floating dtype, or ``mask`` none of bool.
         ValueError
             If shapes, ``size`` and devices do not fit, the size has no room for a landmark cell, ``queries`` meet a
             layer with a value convolution (they are no image), or float16 overflows (see the class). Also if an
@@ -257,7 +257,7 @@ class SoftmaxFreeAttention(nn.Module):
             scale = d**-0.25
             z = F.gelu(self.landmark_norm(z * scale)) / scale
         # Under autocast the norm answers in fp32; C and A must see the same, queries' precision.
-        z = z.reshape(batch, heads, -1, d).to(q.dtype)
+        z = z.reshape(batch, heads, z.shape[1], d).to(q.dtype)
         return q, z, None if cells is None else cells.flatten(1)
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -294,12 +294,15 @@ class SoftmaxFreeAttention(nn.Module):
 
     def _checked_size(self, x: Tensor, size: int | tuple[int, ...] | None) -> tuple[int, ...]:
         """The size as a tuple of spatial_dims, after checking that x is made of it."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a tensor of floating dtype, not {given}; convert it first")
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape (B, N, {self.dim}), not {tuple(x.shape)}")
         if size is None and self.spatial_dims == 1:
             size = x.shape[1]
         lengths: tuple = tuple(size) if isinstance(size, (tuple, list)) else (size,)
-        if len(lengths) != self.spatial_dims:
+        if len(lengths) != self.spatial_dims or any(isinstance(k, float) for k in lengths):
             wanted = "N or (N,) of a sequence" if self.spatial_dims == 1 else "(H, W) of an image of N = H·W tokens"
             raise ValueError(f"size must be {wanted}, not {size}; x has shape {tuple(x.shape)}")
         if x.shape[1] != math.prod(lengths):

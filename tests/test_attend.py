@@ -256,6 +256,7 @@ def test_compiled_whole(inverse):
             ValueError,
             r"landmark_mask has shape .* landmarks \(2, 4, 3\)",
         ),
+        ({"inverse": 3}, TypeError, "inverse must be a function .* not 3"),
         ({"queries": points(4, 2, 5, 4)}, ValueError, r"q has shape \(2, 9, 3\) and queries \(2, 5, 4\)"),
         ({"queries": points(4, 2, 5, 3).float()}, TypeError, "queries has dtype torch.float32"),
     ],

@@ -639,3 +639,29 @@ def test_other_dtypes_have_the_range(dtype):
     module, x = overflowing(dtype, options={"stride": 3})
     with torch.no_grad():
         assert bool(torch.isfinite(module(x, SIZE)).all())
+
+
+@pytest.mark.parametrize(
+    ("x", "size", "error", "message"),
+    [
+        (np.zeros((1, 12, 12)), (3, 4), TypeError, "floating dtype, not ndarray"),
+        (torch.zeros(1, 12, 12, dtype=torch.int64), (3, 4), TypeError, "floating dtype, not torch.int64"),
+        (torch.zeros(1, 12, 12), (3.0, 4.0), ValueError, r"size must be \(H, W\) .* not \(3.0, 4.0\)"),
+    ],
+)
+def test_what_is_no_image_is_named(x, size, error, message):
+    with pytest.raises(error, match=message):
+        layer(stride=2, dtype=torch.float32)(x, size)
+
+
+def test_a_grid_is_made_of_integers():
+    with pytest.raises(ValueError, match=r"grid must have .* not 'a'"):
+        layer(grid="a")
+
+
+def test_no_image_is_an_empty_batch():
+    assert layer(stride=2, grid=2, value_kernel=3)(torch.zeros(0, 12, 12, dtype=torch.float64), (3, 4)).shape == (
+        0,
+        12,
+        12,
+    )

@@ -347,6 +347,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=60.0, help="seconds that one call may be expected to take")
     parser.add_argument("--memory", type=float, default=8.0, help="gigabytes, likewise")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: there is no CUDA device here")
     about = setting("attention", options.device, arguments) | {"dtype": options.dtype}
     if "Nyströmformer" not in methods(DTYPES[options.dtype]):
         about["left out"] = "Nyströmformer: it needs transformers, and its code does not run in half precision"

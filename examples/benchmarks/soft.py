@@ -336,6 +336,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=60.0, help="seconds that one call may be expected to take")
     parser.add_argument("--memory", type=float, default=8.0, help="gigabytes, likewise")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: there is no CUDA device here")
     options.sizes = options.sizes or ((64, 96) if options.quick else (224, 384, 512, 1024, 2048))
     options.batch = options.batch or (2 if options.quick else 8)
     about = setting("soft", options.device, arguments) | {"timm": timm.__version__}
