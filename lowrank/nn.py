@@ -5,7 +5,7 @@ Complexity", NeurIPS 2021, sections 3.1 and 3.2; the depthwise convolution of th
 normalisation are of "Softmax-free Linear Transformers", IJCV 2024). Beyond the papers, its landmarks can be
 pooled to a fixed grid: without it their number, and so the cost per token, grows with the resolution. It also takes
 sequences, batches of images or sequences of several sizes (a mask tells tokens from padding), and tokens that ask
-where they are not the tokens asked.
+where they are not the tokens asked. ``gaussian_attention`` is what it approximates.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lowrank._array import arithmetic, is_on_cpu, is_traced, namespace
 from lowrank._attend import gaussian_block
+from lowrank._torch_attention import gaussian_product
 from lowrank.attention import softmax_free_attention
 
 # What differs between sequences and images.
@@ -360,6 +361,50 @@ class SoftmaxFreeAttention(nn.Module):
             f"dim={self.dim}, num_heads={self.num_heads}, spatial_dims={self.spatial_dims}, "
             f"stride={self.stride}, grid={self.grid}, ridge={self.ridge}, normalize={self.normalize}"
         )
+
+
+def gaussian_attention(q: Tensor, v: Tensor, /, *, lengthscale: float | None = None) -> Tensor:
+    """All of k(q, q) v, k(x, y) = exp(−‖(x − y)/ℓ‖²/2): what softmax-free attention approximates, in quadratic time.
+
+    Torch's softmax attention computes it with one key more, and keeps no n × n block, forward or back.
+
+    Parameters
+    ----------
+    q : Tensor, shape (..., n, d)
+        Queries, which are the keys as well, of floating dtype; half precision is computed in float32.
+    v : Tensor, shape (..., n, e)
+        Values.
+    lengthscale : float, optional
+        ℓ, in the units of ``q``; d^¼ by default, which is exp(−‖x − y‖²/(2√d)).
+
+    Returns
+    -------
+    Tensor, shape (..., n, e)
+        Of the dtype and on the device of ``q``. Relative errors are eps·‖(q − q̄)/ℓ‖², q̄ the mean query.
+
+    Raises
+    ------
+    ValueError
+        If ``q`` and ``v`` differ in leading axes or tokens, or ``lengthscale`` is not positive.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank.nn import gaussian_attention
+    >>> gaussian_attention(torch.zeros(1, 4, 2), torch.ones(1, 4, 3))[0, 0]
+    tensor([4., 4., 4.])
+    """
+    if q.ndim < 2 or q.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"q and v must agree in all axes but the last, not have shapes {tuple(q.shape)}, {tuple(v.shape)}"
+        )
+    ell = q.shape[-1] ** 0.25 if lengthscale is None else lengthscale
+    if not ell > 0:
+        raise ValueError(f"lengthscale must be positive, not {ell}")
+    working = torch.promote_types(q.dtype, torch.float32)
+    with arithmetic(q):
+        x = (q.to(working) - q.to(working).mean(-2, keepdim=True)) / ell
+        return gaussian_product(x, x, v.to(working)).to(q.dtype)
 
 
 def _listed(size: tuple[int, ...]) -> str:

@@ -6,8 +6,8 @@ import pickle
 import subprocess
 import sys
 
+import attentions
 import checkpoint
-import model as soft
 import numpy as np
 import pytest
 import timm
@@ -67,7 +67,7 @@ def test_official_files_in_every_wrapping(tmp_path, tiny, official, wrapping, pr
     assert same(model.state_dict(), tiny.state_dict())
     assert not model.training
     attention = model.stages[1].blocks[0].attn
-    assert (attention.inverse, attention.ridge, attention.grid) == (soft.published_inverse, 0.01, None)
+    assert (attention.inverse, attention.ridge, attention.grid) == (attentions.published_inverse, 0.01, None)
 
 
 def test_the_average_of_the_weights_is_preferred(tmp_path, official):
@@ -82,7 +82,7 @@ def test_official_names_in_a_safetensors_file_and_the_norm_variant(tmp_path, tin
     assert same(model.state_dict(), tiny.state_dict())
     attention = model.stages[0].blocks[0].attn
     assert attention.normalize
-    assert (attention.inverse, attention.ridge, attention.grid) == (soft.published_norm_inverse, 0.0, None)
+    assert (attention.inverse, attention.ridge, attention.grid) == (attentions.published_norm_inverse, 0.0, None)
 
 
 def test_all_differences_are_told_in_one_error(tmp_path, official):

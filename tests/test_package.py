@@ -41,7 +41,7 @@ MAY_KNOW = {
     "_fused_attention": set(),
     "_torch_attention": {"_array", "_attend", "_fused_attention"},
     "attention": {"_array", "kernels", "pinv", "_attend", "_torch_attention"},
-    "nn": {"_array", "_attend", "attention"},
+    "nn": {"_array", "_attend", "_torch_attention", "attention"},
     "sklearn": {"_array", "kernels", "landmarks", "_core"},
     "dask": {"_array", "kernels", "landmarks", "_core", "factor"},
 }

@@ -4,6 +4,7 @@ import json
 import zlib
 from pathlib import Path
 
+import attentions
 import checkpoint
 import model as soft
 import numpy as np
@@ -45,6 +46,8 @@ def test_parameter_counts(size, count, norm):
     assert round(count / 1e6, 2) == published[size]
     block = model.stages[0].blocks[0].attn
     assert block.normalize == (norm != "")
+    assert block.inverse is None
+    assert block.ridge == 0.01
     assert [len(stage.blocks) for stage in model.stages] == list(soft.CONFIGS[f"soft_{size}"]["depths"])
 
 
@@ -92,15 +95,15 @@ def test_the_reference_tells_the_inverse_apart(reference_model):
     x = torch.asarray(np.random.Generator(np.random.PCG64(2021)).standard_normal((2, 3, 224, 224)))
     with np.load(DATA / "soft_tiny.npz") as reference:
         expected = torch.asarray(reference["logits_224x224"])
-    attentions = [block.attn for stage in reference_model.stages[:3] for block in stage.blocks]
+    layers = [block.attn for stage in reference_model.stages[:3] for block in stage.blocks]
     try:
-        for attention in attentions:
+        for attention in layers:
             attention.inverse = None
         with torch.no_grad():
             converged = reference_model(x)
     finally:
-        for attention in attentions:
-            attention.inverse = soft.published_inverse
+        for attention in layers:
+            attention.inverse = attentions.published_inverse
     assert 0.05 < float((converged - expected).norm() / expected.norm()) < 0.3
 
 
@@ -121,7 +124,7 @@ def grams(*spreads, m=12):
 @pytest.mark.parametrize("norm", [False, True])
 def test_published_inverses_step_by_step(norm, ridge):
     batch = grams(0.05, 0.5, 2.0)
-    inverse = soft.published_norm_inverse if norm else soft.published_inverse
+    inverse = attentions.published_norm_inverse if norm else attentions.published_inverse
     result = inverse(torch.asarray(batch), hermitian=True, ridge=ridge)
     for a, x in zip(batch, result.numpy(), strict=True):
         row_sum = max(sum(row) for row in a)
@@ -150,14 +153,14 @@ def test_the_norm_inverse_halves_where_it_must():
     for _ in range(20):
         expected = 2 * expected - expected @ a @ expected
     torch.testing.assert_close(
-        soft.published_norm_inverse(a, hermitian=True, ridge=0.0), expected, rtol=1e-10, atol=1e-10
+        attentions.published_norm_inverse(a, hermitian=True, ridge=0.0), expected, rtol=1e-10, atol=1e-10
     )
 
 
 @pytest.mark.parametrize("published", [False, True])
 def test_norm_model_predictions_do_not_depend_on_batch_mates(published):
-    options = {"inverse": soft.published_norm_inverse, "ridge": 0.0} if published else {}
-    model = little(normalize=True, **options).eval()
+    options = {"trained": "official"} if published else {}
+    model = little(attn="soft_norm", **options).eval()
     x = images(3)
     x[1] *= 100.0  # a batch-mate whose cores are far from everyone else's
     with torch.no_grad():
@@ -170,7 +173,8 @@ def test_norm_model_predictions_do_not_depend_on_batch_mates(published):
 
 def test_drop_path_drops_whole_samples():
     torch.manual_seed(0)
-    block = soft.SoftmaxFreeBlock(32, drop_path=0.5, stride=2, value_kernel=3).double()
+    attention = attentions.SoftmaxFreeAttention(32, num_heads=1, stride=2, value_kernel=3)
+    block = soft.PostNormBlock(attention, 32, drop_path=0.5).double()
     x = torch.randn(1, 36, 32, dtype=torch.float64).expand(64, -1, -1)
     with torch.no_grad():
         outputs = block.train()(x, (6, 6))
@@ -271,6 +275,11 @@ def test_the_head_can_be_replaced_or_removed():
         assert model(x).shape == (2, 3)
         model.reset_classifier(0)
         assert torch.equal(model(x), features[:, 0])
+        assert torch.equal(model.forward_head(features, pre_logits=True), features[:, 0])
+        model.reset_classifier(0, "")
+        assert torch.equal(model(x), features)
+        model.reset_classifier(4, "avg")
+        torch.testing.assert_close(model(x), model.head(features[:, 1:].mean(1)))
 
 
 def test_positions_and_class_token_get_no_weight_decay():
@@ -284,14 +293,232 @@ def test_positions_and_class_token_get_no_weight_decay():
     assert id(named["stages.0.blocks.0.attn.query.weight"]) in decayed
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_gradients_reach_every_parameter(normalize):
-    model = little(normalize=normalize).float()
+@pytest.mark.parametrize(
+    "options", [{"attn": name} for name in attentions.ATTENTIONS] + [{"softmax_free_stage4": True}]
+)
+def test_gradients_reach_every_parameter(options):
+    model = little(**options).float()
     torch.nn.functional.cross_entropy(model(images(4).float()), torch.tensor([0, 1, 2, 3])).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert bool(torch.isfinite(parameter.grad).all()), name
         assert float(parameter.grad.abs().max()) > 0, name
+
+
+@pytest.mark.parametrize("attn", attentions.ATTENTIONS)
+def test_every_attention_takes_any_image_size(attn):
+    model = little(attn=attn).eval()
+    with torch.no_grad():
+        for height, width in ((32, 32), (64, 96), (97, 131)):
+            logits = model(images(2, height, width))
+            assert logits.shape == (2, 7)
+            assert bool(torch.isfinite(logits).all())
+            # Whoever comes along in the batch changes roundoff alone.
+            torch.testing.assert_close(model(images(2, height, width)[:1]), logits[:1], rtol=1e-8, atol=1e-10)
+
+
+def test_attentions_differ_in_nothing_else():
+    # The same parts under the same names, but for the attention's own.
+    own = ("landmark_conv", "landmark_norm", "key.", "mapping", "directions")
+    parts = {attn: little(attn=attn).state_dict() for attn in attentions.ATTENTIONS}
+    shared = {
+        attn: {key: tuple(x.shape) for key, x in state.items() if not any(f"attn.{name}" in key for name in own)}
+        for attn, state in parts.items()
+    }
+    # (Stage 4 is the same for all, and has its own names.)
+    assert all(shapes == shared["soft"] for shapes in shared.values())
+    assert sum(key.endswith("value_conv.weight") for key in shared["softmax"]) == 3
+
+
+def attention_inputs(tokens=48):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(2, tokens, 64, generator=generator, dtype=torch.float64), (6, 8)
+
+
+def rival(name, **options):
+    torch.manual_seed(1)
+    options = {"value_kernel": 3, "tokens": (6, 8), "grid": 7} | options
+    module = attentions.MIXERS[name](64, **options).double()
+    module.value_conv.weight.data.zero_()
+    return module
+
+
+def heads(x):
+    return x.unflatten(-1, (2, 32)).transpose(1, 2)
+
+
+def test_rivals_by_their_formulas():
+    x, size = attention_inputs()
+    with torch.no_grad():
+        for name in ("gaussian", "softmax", "linformer", "performer"):
+            module = rival(name)
+            q, v = heads(module.query(x)), heads(module.value(x))
+            k = heads(module.key(x)) if name != "gaussian" else None
+            if name == "gaussian":
+                kernel = torch.exp(-(q.unsqueeze(-2) - q.unsqueeze(-3)).square().sum(-1) / (2 * 32**0.5))
+                expected = kernel @ v
+            elif name == "softmax":
+                expected = torch.softmax(q @ k.mT / 32**0.5, -1) @ v
+            elif name == "linformer":
+                e, f = module.mapping.flatten(2)
+                expected = torch.softmax(q @ (e @ k).mT / 32**0.5, -1) @ (f @ v)
+            else:
+                # The features' exponents before the largest is taken out, so without the small constant as well.
+                a, b = (
+                    torch.exp(y * 32**-0.25 @ module.directions.T - y.square().sum(-1, keepdim=True) / (2 * 32**0.5))
+                    for y in (q, k)
+                )
+                weights = a @ b.mT
+                expected = weights / weights.sum(-1, keepdim=True) @ v
+            expected = module.proj(expected.transpose(1, 2).flatten(2))
+            atol = 2e-2 * float(expected.abs().max()) if name == "performer" else 1e-12
+            torch.testing.assert_close(module(x, size), expected, rtol=0, atol=atol, msg=name)
+
+
+def test_performer_estimates_softmax():
+    x, size = attention_inputs()
+    exact, estimate = rival("softmax"), rival("performer")
+    estimate.load_state_dict(exact.state_dict(), strict=False)
+    with torch.no_grad():
+        off = [float((estimate(x, size) - exact(x, size)).norm() / exact(x, size).norm())]
+        estimate.directions = torch.cat(
+            [rival("performer").directions]
+            + [
+                attentions.PerformerAttention(64, value_kernel=3, tokens=(6, 8), grid=7).double().directions
+                for _ in range(63)
+            ]
+        )
+        off.append(float((estimate(x, size) - exact(x, size)).norm() / exact(x, size).norm()))
+    # 64 times the features: an eighth of the error, give or take.
+    assert off[1] < 0.3 * off[0] < 0.3, off
+
+
+def test_nystrom_with_all_tokens_for_landmarks_is_softmax():
+    x, size = attention_inputs()
+    exact, approximate = rival("softmax"), rival("nystrom", grid=8)
+    approximate.load_state_dict(exact.state_dict())
+    with torch.no_grad():
+        wanted, found = exact(x, size), approximate(x, size)
+    # S S⁺ S = S but for what six steps leave of the small eigenvalues of S, which softmax of weak scores has many of.
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_the_polynomial_inverts():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.eye(9, dtype=torch.float64) + 0.1 * torch.rand(3, 9, 9, generator=generator, dtype=torch.float64)
+    residual = attentions.polynomial_inverse(a, steps=12) @ a - torch.eye(9, dtype=torch.float64)
+    assert float(residual.abs().max()) < 1e-13  # eps times a condition below 10, and nine terms
+
+
+def test_linformer_of_another_size_keeps_its_sums():
+    module = rival("linformer")
+    x = torch.ones(1, 48, 64, dtype=torch.float64)
+    with torch.no_grad():
+        at_home = module(x, (6, 8))
+        finer = module(torch.ones(1, 192, 64, dtype=torch.float64), (12, 16))
+    # Mapped sums of equal tokens differ only by what interpolation does at the borders.
+    assert float((finer[:, 0] - at_home[:, 0]).norm() / at_home[:, 0].norm()) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"attn": "flash"},
+            "attn must be one of soft, soft_norm, gaussian, softmax, nystrom, linformer, performer, not",
+        ),
+        ({"trained": "yes"}, "trained must be None or 'official', not 'yes'"),
+        (
+            {"attn": "softmax", "trained": "official"},
+            "there are no official weights with attn='softmax', only with soft",
+        ),
+    ],
+)
+def test_unknown_attentions_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        little(**options)
+
+
+def test_official_models_have_the_published_core():
+    with torch.device("meta"):
+        for name, ridge, inverse in (
+            ("soft_tiny", 0.01, attentions.published_inverse),
+            ("soft_norm_tiny", 0.0, attentions.published_norm_inverse),
+        ):
+            attention = timm.create_model(name, trained="official").stages[2].blocks[0].attn
+            assert (attention.ridge, attention.inverse, attention.grid) == (ridge, inverse, None)
+            bounded = timm.create_model(name, trained="official", landmark_grid=7).stages[2].blocks[0].attn
+            assert bounded.grid == (7, 7)
+
+
+def test_stage_4_can_be_softmax_free():
+    model = little(softmax_free_stage4=True).eval()
+    assert not any(isinstance(module, attentions.ClassTokenAttention) for module in model.modules())
+    assert model.global_pool == "avg"
+    x = images(2, 64, 96)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        assert features.shape == (2, 2 * 3, 96)
+        torch.testing.assert_close(model(x), model.head(features.mean(1)))
+    with pytest.raises(ValueError, match="global_pool must be one of"):
+        model.reset_classifier(3, "token")
+
+
+@pytest.mark.parametrize("stage4", [False, True])
+def test_features_for_downstream_tasks(stage4):
+    net = timm.create_model("soft_cluttered", features_only=True, softmax_free_stage4=stage4).eval()
+    assert net.feature_info.channels() == [32, 64, 96, 128]
+    assert net.feature_info.reduction() == [2, 4, 8, 16]
+    x = torch.randn(2, 1, 80, 48)
+    with torch.no_grad():
+        maps = net(x)
+    assert [tuple(y.shape) for y in maps] == [(2, 32, 40, 24), (2, 64, 20, 12), (2, 96, 10, 6), (2, 128, 5, 3)]
+    whole = timm.create_model("soft_cluttered", softmax_free_stage4=stage4).eval()
+    whole.load_state_dict({key.removeprefix("model."): y for key, y in net.state_dict().items()}, strict=False)
+    with torch.no_grad():
+        for tokens, y in zip(whole.forward_stages(x), maps, strict=True):
+            assert torch.equal(tokens[:, -y[0, 0].numel() :], y.flatten(2).mT)
+        final, (last,) = whole.forward_intermediates(x, indices=1, norm=True)
+    assert torch.equal(final, whole.forward_features(x))
+    assert torch.equal(last.flatten(2).mT, final[:, -15:])
+
+
+def test_features_of_early_stages_need_no_late_ones():
+    net = timm.create_model("soft_tiny", features_only=True, out_indices=(0, 1))
+    assert net.feature_info.channels() == [64, 128]
+    assert len(net.model.stages) == 2
+    maps = net(torch.randn(1, 3, 64, 64))
+    assert [tuple(y.shape) for y in maps] == [(1, 64, 16, 16), (1, 128, 8, 8)]
+    sum(y.square().sum() for y in maps).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_recomputed_blocks_have_the_same_gradients():
+    x, model = images(2), little(drop_path_rate=0.5).train()
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(5)
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for kept, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, kept, rtol=1e-9, atol=1e-12)
+
+
+def test_timm_knows_its_input_and_its_layers():
+    model = timm.create_model("soft_tiny", num_classes=5)
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (3, 224, 224)
+    assert config["mean"] == timm.data.IMAGENET_DEFAULT_MEAN
+    assert model.pretrained_cfg["classifier"] == "head"
+    digits = timm.data.resolve_model_data_config(timm.create_model("soft_digits"))
+    assert digits["input_size"] == (1, 32, 32)
+    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.7)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    scales = {group["lr_scale"] for group in optimizer.param_groups}
+    assert len(scales) > 4
+    assert max(scales) == 1.0
 
 
 def test_autocast_runs_the_whole_model():

@@ -5,13 +5,14 @@ literal         The published model, written here as it stands: three products f
                 grow with the image, and one filter per head for the values, for which the channels of a head must pass
                 the grouped convolution as so many images.
 literal, wide   The same but for that convolution: the filters repeated, all channels in one image.
-ours, 20 steps  examples/soft's model with ``inverse=published_inverse``. At 224 pixels its outputs are the literal's.
+ours, 20 steps  examples/soft's model with ``trained="official"``, but at most 7 × 7 landmarks, which at 224 pixels
+                changes nothing: its outputs are the literal's.
 ours            The default: the inverse converged. "ours, bf16" is under autocast, "ours, compiled" by torch.compile.
-softmax         Ours, with softmax attention (scaled_dot_product_attention, separate q, k and v) in all stages.
+softmax         Ours with ``attn="softmax"``: scaled_dot_product_attention, separate q, k and v, in all stages.
 
 First it is checked, in float32 and float64, that the outputs agree, and told how far each model's gradient in float32
 is off its own in float64, and the literal's off the derivative: −XᵀGXᵀ is none where 20 steps have not converged.
-All hold the same weights where they have the same parts. Forward is in evaluation mode and without gradients; backward
+All but the last hold the same weights. Forward is in evaluation mode and without gradients; backward
 in training mode, of the cross-entropy. Times are of interleaved calls in one process, the first not counted unless
 there was time for no other; batches hold as many pixels as the first size's, at least one image. Memory is what one
 call, weights and gradients being there, adds to the resident set of a fresh process that has run the model on a small
@@ -165,13 +166,6 @@ class Literal(nn.Module):
 # The models compared.
 
 
-class ImageSoftmax(soft.SoftmaxAttention):
-    """Softmax attention where softmax-free attention was; it has no use for the image's size."""
-
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return super().forward(x)
-
-
 def weigh(model: soft.Soft) -> None:
     """Weights from a fixed seed that make every part count: at 224 pixels 19 Newton steps move the logits by 6 %."""
     generator = torch.Generator().manual_seed(0)
@@ -187,17 +181,14 @@ def weigh(model: soft.Soft) -> None:
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    options = {"inverse": soft.published_inverse} if name == "ours, 20 steps" else {}
-    ours = timm.create_model("soft_tiny", **options)
-    weigh(ours)
+    options = {"ours, 20 steps": {"trained": "official", "landmark_grid": 7}, "softmax": {"attn": "softmax"}}
+    ours = timm.create_model("soft_tiny", **options.get(name, {}))
+    if name != "softmax":
+        weigh(ours)
     if name.startswith(LITERAL):
         literal = Literal(wide=name == "literal, wide")
         literal.load_state_dict(checkpoint.to_official(ours.state_dict()))
         return literal
-    if name == "softmax":
-        for stage in ours.stages[:3]:
-            for block in stage.blocks:
-                block.attn = ImageSoftmax(block.attn.dim)
     return torch.compile(ours, fullgraph=True) if name == "ours, compiled" else ours
 
 

@@ -136,9 +136,7 @@ def load_official(path: str | os.PathLike, *, name: str | None = None) -> soft.S
 
 
 def _published_model(name: str, state_dict: Mapping[str, Tensor]) -> soft.Soft:
-    published = {"landmark_grid": None, "inverse": soft.published_inverse}
-    if name.startswith("soft_norm_"):
-        published |= {"ridge": 0.0, "inverse": soft.published_norm_inverse}
+    published = {"trained": "official"}
     if "head.weight" in state_dict:
         published["num_classes"] = len(state_dict["head.weight"])
     if name not in soft.CONFIGS:

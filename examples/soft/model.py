@@ -2,24 +2,24 @@
 
 Lu et al., "SOFT: Softmax-free Transformer with Linear Complexity" (NeurIPS 2021) and, for the normalised
 variants, "Softmax-free Linear Transformers" (IJCV 2024). Importing this module registers soft_tiny … soft_huge,
-soft_norm_tiny … soft_norm_huge and soft_digits with timm. Three things differ from the published models, each
-for a reason given where it is set: the core is inverted to convergence, the landmark grid does not grow with the
-image, and drop path drops whole samples.
+soft_norm_tiny … soft_norm_huge and two models for small images with timm. Three things differ from the published
+models, each for a reason given where it is set: the core is inverted to convergence, the landmark grid does not grow
+with the image, and drop path drops whole samples. ``trained="official"`` takes the first two back.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from attentions import HEAD_DIM, ClassTokenAttention, build_attention
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
-from timm.models import register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-
-from lowrank import pinv
-from lowrank.nn import SoftmaxFreeAttention
-
-HEAD_DIM = 32
+from torch.utils.checkpoint import checkpoint
 
 # Arguments of Soft by name. Parameters, counted: 13.07, 38.86, 45.81, 64.70 and 87.11 million. (The papers give 24 M
 # for "small"; the authors' code builds 38.86 M.)
@@ -30,52 +30,39 @@ CONFIGS = {
     "soft_large": {"depths": (1, 3, 40, 5), "widths": (64, 128, 320, 512)},
     "soft_huge": {"depths": (1, 5, 49, 5), "widths": (64, 128, 352, 512)},
 }
-CONFIGS |= {name.replace("soft", "soft_norm"): config | {"normalize": True} for name, config in CONFIGS.items()}
+CONFIGS |= {name.replace("soft", "soft_norm"): config | {"attn": "soft_norm"} for name, config in CONFIGS.items()}
+_SMALL = {"depths": (1, 1, 1, 1), "widths": (32, 64, 96, 128), "value_kernels": (5, 3, 3), "stem_width": 16}
+_SMALL |= {"in_chans": 1, "num_classes": 10}
 # For 32 × 32 single-channel images: 8² tokens, then 4², 2² and 1 + 1; 4², 4² and 2² landmarks.
-CONFIGS["soft_digits"] = {
-    "depths": (1, 1, 1, 1),
-    "widths": (32, 64, 96, 128),
-    "strides": (2, 1, 1),
-    "value_kernels": (5, 3, 3),
-    "stem_width": 16,
-    "img_size": 32,
-    "in_chans": 1,
-    "num_classes": 10,
-    "landmark_grid": 4,
-}
+CONFIGS["soft_digits"] = _SMALL | {"strides": (2, 1, 1), "img_size": 32, "landmark_grid": 4}
+# For 64 × 64 single-channel images: 32² tokens, then 16², 8² and 4² + 1; 7² landmarks each time.
+CONFIGS["soft_cluttered"] = _SMALL | {"stem_strides": (2, 1, 1), "strides": (4, 2, 1), "img_size": 64}
 
 
-def published_inverse(a: Tensor, *, hermitian: bool, ridge: float) -> Tensor:
-    """The core inverse that the released SOFT weights were trained with: 20 textbook steps, unconverged.
-
-    α = 1.8/(max row sum of A)², per matrix, of A without the ridge. At cond(A) ≈ 5·10³ the result is more than
-    half off the inverse, and the weights have adapted to it: a converged inverse moves their logits by 13 %.
-    """
-    alpha = 1.8 / a.sum(-1).amax(-1).square()
-    return pinv.pinv_newton(a, hermitian=hermitian, ridge=ridge, alpha=alpha, steps=20)
-
-
-def published_norm_inverse(a: Tensor, *, hermitian: bool, ridge: float) -> Tensor:
-    """The core inverse of the released normalised weights (to be used with ``ridge=0``), made independent of the batch.
-
-    α = 2/(max row sum of A)², halved at most 10 times while ‖I − αA²‖₁ > 1.01, then 20 textbook steps. The
-    published code takes one α for the whole batch, so that a prediction depends on its batch-mates; here every
-    matrix has its own.
-    """
-    eye, square = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device), a @ a
-    alpha = 2 / a.sum(-1).amax(-1).square()
-    for _ in range(10):
-        residual = (eye - alpha[..., None, None] * square).abs().sum(-2).amax(-1)
-        alpha = torch.where(residual > 1.01, alpha / 2, alpha)
-    return pinv.pinv_newton(a, hermitian=hermitian, ridge=ridge, alpha=alpha, steps=20)
+def _timm_config(config: dict) -> dict:
+    """What timm knows of a model's input, for its transforms."""
+    side, chans, classes = (
+        config.get(key, usual) for key, usual in (("img_size", 224), ("in_chans", 3), ("num_classes", 1000))
+    )
+    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if chans == 3 else ((0.5,), (0.5,))
+    known = {"input_size": (chans, side, side), "num_classes": classes, "mean": mean, "std": std}
+    return known | {
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "first_conv": "stages.0.patch_embed.0",
+        "classifier": "head",
+    }
 
 
-class SoftmaxFreeBlock(nn.Module):
-    """Post-norm block of stages 1 to 3: x ← norm1(x + attn(x)), x ← norm2(x + mlp(x))."""
+default_cfgs = generate_default_cfgs({name: _timm_config(config) for name, config in CONFIGS.items()})
 
-    def __init__(self, dim: int, *, drop_path: float, **attention):
+
+class PostNormBlock(nn.Module):
+    """Block of stages 1 to 3: x ← norm1(x + attn(x)), x ← norm2(x + mlp(x)). ``attn`` takes x and the image's size."""
+
+    def __init__(self, attn: nn.Module, dim: int, *, drop_path: float):
         super().__init__()
-        self.attn = SoftmaxFreeAttention(dim, num_heads=dim // HEAD_DIM, **attention)
+        self.attn = attn
         self.norm1 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim, act_layer=partial(nn.GELU, approximate="tanh"))
         self.norm2 = nn.LayerNorm(dim)
@@ -86,31 +73,13 @@ class SoftmaxFreeBlock(nn.Module):
         return self.norm2(x + self.drop_path(self.mlp(x)))  # (B, N, C)
 
 
-class SoftmaxAttention(nn.Module):
-    """Ordinary multi-head attention of stage 4, scale d^-½."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            y.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)  # (B, heads, N, d)
-            for y in (self.query(x), *self.key_value(x).chunk(2, dim=-1))
-        )
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
-        return self.proj(out.transpose(1, 2).flatten(2))  # (B, N, C)
-
-
-class SoftmaxBlock(nn.Module):
-    """Pre-norm block of stage 4. It takes ``size`` like its softmax-free siblings, and has no use for it."""
+class PreNormBlock(nn.Module):
+    """Block of stage 4. It takes ``size`` like its post-norm siblings, and has no use for it."""
 
     def __init__(self, dim: int, *, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SoftmaxAttention(dim)
+        self.attn = ClassTokenAttention(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
@@ -143,6 +112,7 @@ class Stage(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1] + class_token, dim))
         self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
 
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         image = self.patch_embed(image.contiguous(memory_format=torch.channels_last))  # (B, C, H, W)
@@ -152,7 +122,8 @@ class Stage(nn.Module):
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, C)
         x = x + self.positions(size)
         for block in self.blocks:
-            x = block(x, size)
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, size, use_reentrant=False) if recompute else block(x, size)
         return x, size
 
     def positions(self, size: tuple[int, int]) -> Tensor:
@@ -168,18 +139,32 @@ class Stage(nn.Module):
 class Soft(nn.Module):
     """SOFT on images (B, in_chans, H, W) of any size; logits (B, num_classes).
 
-    ``depths`` and ``widths`` are the blocks and channels of the four stages; ``strides`` and ``value_kernels`` are
-    those of ``SoftmaxFreeAttention`` in the first three. ``img_size`` is the size that position embeddings are made
-    for. Drop path rises linearly over all blocks from 0 to ``drop_path_rate``.
-
-    ``landmark_grid`` bounds the landmarks' rows and columns, without which their number would grow with the image
-    and the cost with its square; 7 changes nothing at 224 pixels and below. None is the published behaviour (and
-    timm.create_model, which drops arguments that are None, cannot pass it on).
-
-    ``inverse=None`` inverts the core, with its ridge, to convergence. That holds for ``normalize=True`` as well,
-    where the published models have no ridge: there A alone is singular to working precision, and its pseudoinverse
-    has no derivative wherever a singular value crosses the cutoff. To continue from released weights pass
-    ``inverse=published_inverse``, or ``inverse=published_norm_inverse, ridge=0.0`` to a normalised model.
+    Parameters
+    ----------
+    depths, widths : four int each
+        Blocks and channels of the stages.
+    strides, value_kernels : three int each
+        Those of ``SoftmaxFreeAttention`` in the first three stages. Other attentions have the same ``value_kernels``.
+    stem_width, stem_strides
+        Channels of the first two convolutions, and strides of all three.
+    img_size : int or (int, int)
+        The size that position embeddings are made for.
+    drop_rate, drop_path_rate : float
+        Dropout before the head; drop path, which rises linearly over all blocks from 0 to this.
+    attn : str
+        Attention of the first three stages, one of ``attentions.ATTENTIONS``.
+    softmax_free_stage4 : bool
+        Makes stage 4 like the others, each of its tokens a landmark up to ``landmark_grid``: no class token, and the
+        head reads the mean of the tokens.
+    landmark_grid : int, optional
+        Bounds the landmarks' rows and columns, without which their number would grow with the image and the cost with
+        its square. By default 7, which changes nothing at 224 pixels and below; with ``trained="official"``
+        no bound.
+    trained : {"official"}, optional
+        What weights were trained with. By default the core is inverted, with its ridge of 0.01, to convergence. That
+        holds for ``attn="soft_norm"`` as well, where the published models have no ridge: there A alone is singular to
+        working precision, and its pseudoinverse has no derivative wherever a singular value crosses the cutoff.
+        "official" is ``published_inverse`` or, without ridge, ``published_norm_inverse``.
     """
 
     def __init__(
@@ -190,41 +175,53 @@ class Soft(nn.Module):
         strides: tuple[int, int, int] = (8, 4, 2),
         value_kernels: tuple[int, int, int] = (9, 5, 3),
         stem_width: int = 32,
+        stem_strides: tuple[int, int, int] = (2, 1, 2),
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        landmark_grid: int | None = 7,
-        normalize: bool = False,
-        ridge: float = 0.01,
-        inverse: Callable[..., Tensor] | None = None,
+        attn: str = "soft",
+        softmax_free_stage4: bool = False,
+        landmark_grid: int | None = None,
+        trained: str | None = None,
     ):
         super().__init__()
         if any(width % HEAD_DIM for width in widths):
             raise ValueError(f"widths must be multiples of the head dimension {HEAD_DIM}, not {widths}")
-        stem = [
-            *conv_norm_relu(in_chans, stem_width, 2),
-            *conv_norm_relu(stem_width, stem_width, 1),
-            *conv_norm_relu(stem_width, widths[0], 2),
-        ]
-        embeds = [stem] + [conv_norm_relu(widths[i - 1], widths[i], 2) for i in (1, 2, 3)]
-        total = sum(depths)
-        rates = iter([drop_path_rate * i / max(total - 1, 1) for i in range(total)])
-        common = {"grid": landmark_grid, "normalize": normalize, "ridge": ridge, "inverse": inverse}
-        attention = [common | {"stride": r, "value_kernel": k} for r, k in zip(strides, value_kernels, strict=True)]
+        if landmark_grid is None and trained is None:
+            landmark_grid = 7
+        stem = zip((in_chans, stem_width, stem_width), (stem_width, stem_width, widths[0]), stem_strides, strict=True)
+        embeds = [[layer for shape in stem for layer in conv_norm_relu(*shape)]]
+        embeds += [conv_norm_relu(widths[i - 1], widths[i], 2) for i in (1, 2, 3)]
+        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
 
-        self.stages = nn.ModuleList()
-        # A convolution of stride 2 rounds up, and the stem has two.
-        grid = tuple((n + 1) // 2 for n in to_2tuple(img_size))
+        self.stages, self.feature_info = nn.ModuleList(), []
+        grid, reduction = to_2tuple(img_size), 1
         for i, (embed, depth, dim) in enumerate(zip(embeds, depths, widths, strict=True)):
-            grid = tuple((n + 1) // 2 for n in grid)
-            if i < 3:
-                blocks = [SoftmaxFreeBlock(dim, drop_path=next(rates), **attention[i]) for _ in range(depth)]
-            else:
-                blocks = [SoftmaxBlock(dim, drop_path=next(rates)) for _ in range(depth)]
-            self.stages.append(Stage(embed, blocks, dim, grid, class_token=i == 3))
-        self.num_features = widths[-1]
+            for stride in stem_strides if i == 0 else (2,):
+                grid, reduction = tuple(-(-n // stride) for n in grid), reduction * stride  # convolutions round up
+            with_class = i == 3 and not softmax_free_stage4
+            attention = partial(
+                build_attention,
+                attn,
+                dim,
+                trained=trained,
+                grid=landmark_grid,
+                stride=(*strides, 1)[i],
+                value_kernel=(*value_kernels, 3)[i],
+                tokens=grid,
+            )
+            blocks = [
+                PreNormBlock(dim, drop_path=rate) if with_class else PostNormBlock(attention(), dim, drop_path=rate)
+                for rate in itertools.islice(rates, depth)
+            ]
+            self.stages.append(Stage(embed, blocks, dim, grid, with_class))
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.global_pool = "avg" if softmax_free_stage4 else "token"
         self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes)
         self.apply(self._init_linear)
         for name in self.no_weight_decay():
@@ -236,15 +233,29 @@ class Soft(nn.Module):
             trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
 
-    def no_weight_decay(self) -> list[str]:
+    def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must leave alone, besides biases and norms."""
-        return [name for name, _ in self.named_parameters() if name.endswith(("pos_embed", "cls_token"))]
+        return {name for name, _ in self.named_parameters() if name.endswith(("pos_embed", "cls_token"))}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Depth of a parameter, for timm's layer-wise learning rates."""
+        fine = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)\.", (0,)), (r"^norm", (99999,))]
+        return {"stem": r"^stages\.0\.patch_embed", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only what enters each block, and compute the rest again on the way back."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new, untrained head; with 0 classes the model returns the class token's features."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new, untrained head; with 0 classes the model returns features, of all tokens with ``global_pool=""``."""
+        known = ("", "avg") if self.stages[-1].cls_token is None else ("", "avg", "token")
+        if global_pool not in (None, *known):
+            raise ValueError(f"global_pool must be one of {known}, not {global_pool!r}")
+        self.global_pool = self.global_pool if global_pool is None else global_pool
         self.num_classes = num_classes
         like = self.norm.weight
         self.head = nn.Identity()
@@ -253,32 +264,83 @@ class Soft(nn.Module):
             self._init_linear(self.head)
 
     def forward_stages(self, image: Tensor) -> list[Tensor]:
-        """Tokens (B, N, C) after each stage; after stage 4 (B, 1 + N, C), class token first, not yet normed."""
+        """Tokens (B, N, C) after each stage, not normed; a class token, if there is one, comes first, (B, 1 + N, C)."""
+        return [x for x, _ in self._stages(image)]
+
+    def _stages(self, image: Tensor, count: int = 4) -> list[tuple[Tensor, tuple[int, int]]]:
+        """Tokens after each of the first stages, and the size (H, W) of the image that they are."""
         outputs = []
-        for stage in self.stages:
+        for stage in self.stages[:count]:
             x, size = stage(image)  # (B, N, C)
-            outputs.append(x)
-            if stage is not self.stages[-1]:
+            outputs.append((x, size))
+            if stage.cls_token is None:
                 image = x.transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
         return outputs
 
     def forward_features(self, image: Tensor) -> Tensor:
-        return self.norm(self.forward_stages(image)[-1])  # (B, 1 + N, C)
+        return self.norm(self.forward_stages(image)[-1])  # (B, N, C), or (B, 1 + N, C)
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        return self.head(x[:, 0])  # (B, num_classes)
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        slots = 0 if self.stages[-1].cls_token is None else 1
+        if self.global_pool:
+            x = x[:, slots:].mean(1) if self.global_pool == "avg" else x[:, 0]  # (B, C)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)  # (B, num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(image))
+
+    def forward_intermediates(
+        self,
+        image: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """What ``forward_features`` returns, and maps (B, C, H, W) of the stages asked for, as everywhere in timm.
+
+        ``norm`` applies the final norm to stage 4, the only one it was made for. With ``stop_early`` or
+        ``intermediates_only`` no stage runs in vain, and what comes first is not normed.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f'output_fmt must be "NCHW", not {output_fmt!r}')
+        taken, last = feature_take_indices(len(self.stages), indices)
+        outputs = self._stages(image, last + 1 if stop_early or intermediates_only else len(self.stages))
+        maps = []
+        for i in taken:
+            x, size = outputs[i]
+            x = self.norm(x) if norm and i == 3 else x
+            x = x[:, x.shape[1] - size[0] * size[1] :]  # without the class token
+            maps.append(x.transpose(1, 2).unflatten(2, size))  # (B, C, H, W)
+        if intermediates_only:
+            return maps
+        x, _ = outputs[-1]
+        return (self.norm(x) if len(outputs) == 4 else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last that is asked for, and with them, or on demand, norm and head."""
+        taken, last = feature_take_indices(len(self.stages), indices)
+        pruned = last + 1 < len(self.stages)
+        self.stages = self.stages[: last + 1]
+        if pruned or prune_norm:
+            self.norm = nn.Identity()
+        if pruned or prune_head:
+            self.num_classes, self.head = 0, nn.Identity()
+        return taken
 
 
 def _register(name: str, config: dict) -> None:
     """Let ``timm.create_model(name, **kwargs)`` build ``Soft(**config, **kwargs)``, kwargs taking precedence."""
 
-    def build(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs) -> Soft:
+    def build(pretrained: bool = False, **kwargs) -> Soft:
         if pretrained:
             raise ValueError(f"{name} has no weights to download; read a released file with checkpoint.load_official")
-        return Soft(**config | kwargs)
+        features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+        return build_model_with_cfg(Soft, name, False, feature_cfg=features, **config | kwargs)
 
     build.__name__ = build.__qualname__ = name
     register_model(build)
