@@ -395,8 +395,9 @@ def gaussian_attention(q: Tensor, v: Tensor, /, *, lengthscale: float | None = N
     tensor([4., 4., 4.])
     """
     if q.ndim < 2 or q.shape[:-1] != v.shape[:-1]:
+        shapes = f"{tuple(q.shape)} and {tuple(v.shape)}"
         raise ValueError(
-            f"q and v must agree in all axes but the last, not have shapes {tuple(q.shape)}, {tuple(v.shape)}"
+            f"q and v must have shapes (..., n, d), (..., n, e), equal but for the last axis, not {shapes}"
         )
     ell = q.shape[-1] ** 0.25 if lengthscale is None else lengthscale
     if not ell > 0:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.nn import SoftmaxFreeAttention
+from lowrank.nn import SoftmaxFreeAttention, gaussian_attention
 from lowrank.pinv import pinv_newton
 
 SIZE = (7, 9)
@@ -665,3 +665,46 @@ def test_no_image_is_an_empty_batch():
         12,
         12,
     )
+
+
+def points(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("lengthscale", [None, 0.7])
+def test_gaussian_attention_is_the_full_product(lengthscale):
+    q, v = points(2, 3, 50, 8).requires_grad_(), points(2, 3, 50, 5, seed=1).requires_grad_()
+    ell = 8**0.25 if lengthscale is None else lengthscale
+    d2 = (q.unsqueeze(-2) - q.unsqueeze(-3)).square().sum(-1)
+    expected = torch.exp(-d2 / (2 * ell**2)) @ v
+    found = gaussian_attention(q, v, lengthscale=lengthscale)
+    g = points(*expected.shape, seed=2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13 * float(expected.detach().abs().max()))
+    for a, b in zip(torch.autograd.grad(found, (q, v), g), torch.autograd.grad(expected, (q, v), g), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * float(b.abs().max()))
+
+
+def test_gaussian_attention_far_from_the_origin_and_in_half_precision():
+    q, v = points(1, 40, 8), points(1, 40, 5, seed=1)
+    expected = gaussian_attention(q, v)
+    scale = float(expected.abs().max())
+    # Rounding q + 100 to float32 costs eps·100 of a distance; an expansion around the origin would cost eps·100².
+    far = gaussian_attention((q + 100.0).float(), v.float())
+    assert float((far.double() - expected).abs().max()) < 100 * 1.2e-7 * 10 * scale
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = gaussian_attention(q.bfloat16(), v.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert float((half.double() - expected).abs().max()) < 8e-3 * 5 * scale
+
+
+@pytest.mark.parametrize(
+    ("shapes", "lengthscale", "message"),
+    [
+        (((4, 2), (5, 2)), None, r"equal but for the last axis, not \(4, 2\) and \(5, 2\)"),
+        (((2,), (2,)), None, r"not \(2,\) and \(2,\)"),
+        (((4, 2), (4, 2)), 0.0, "lengthscale must be positive, not 0.0"),
+    ],
+)
+def test_gaussian_attention_refuses(shapes, lengthscale, message):
+    with pytest.raises(ValueError, match=message):
+        gaussian_attention(points(*shapes[0]), points(*shapes[1]), lengthscale=lengthscale)
