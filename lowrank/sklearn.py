@@ -327,7 +327,7 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelFeature
         Σ|λ| over the negative eigenvalues of W that were left out, over Σ|λ| of all; 0 for a positive semidefinite
         kernel. In [0, 1].
     n_features_in_ : int
-    feature_names_in_ : array, shape (n_features_in_,)
+    feature_names_in_ : array, one name for each feature
         Where X has names.
 
     Raises
@@ -348,8 +348,9 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelFeature
     Kernels that are not positive semidefinite (sigmoid, additive chi-squared): W is replaced by its positive part, the
     nearest positive semidefinite matrix (Higham, "Computing a nearest symmetric positive semidefinite matrix", Linear
     Algebra Appl. 103, 1988), and ``clipped_mass_`` says how much that left out. scikit-learn's singular values replace
-    W by |W|, and so turn a negative direction into a positive one of the same size: with all samples as landmarks FFᵀ
-    is the positive part of K here, and |K| there. For kernels that are positive semidefinite there is no difference.
+    W by its absolute value, and so turn a negative direction into a positive one of the same size: with all samples as
+    landmarks FFᵀ is the positive part of K here, and its absolute value there. For kernels that are positive
+    semidefinite there is no difference.
 
     Array API: under ``sklearn.config_context(array_api_dispatch=True)`` torch and CuPy arrays give features in their
     library and on their device, and O(n_components²) numbers go by way of the host.

@@ -1,0 +1,126 @@
+"""Pages that are made when the documentation is built: the gallery, by running the examples, and the benchmarks and the
+table of backends, from the results that are kept beside them.
+
+    python docs/pages.py        writes them into docs/generated/ without building anything else
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# What a page of the gallery is made with; --quick unless the script has its size as an option.
+SMALL = {"out_of_core": ["--rows", "500", "--chunk", "100"]}
+GALLERY = sorted((ROOT / "examples").glob("*.py"))
+# Columns of a benchmark's table, and how a cell is written; all others are in the file.
+COLUMNS = {
+    "attention": ["heads", "n", "pass", "method", "median", "spread", "memory", "error"],
+    "kernel_ridge": ["data", "points", "method", "setting", "seconds", "test error", "steps"],
+    "newton_schedule": ["kind", "kappa", "products"],
+    "nystrom": ["points", "n", "rank", "method", "seconds", "to floor", "error"],
+    "pinv": ["kind", "size", "batch", "kappa", "method", "median", "min ratio", "worst error"],
+    "pinv_accuracy": ["condition", "steps", "pinv_newton", "20 textbook steps", "Cholesky"],
+    "soft": ["size", "batch", "pass", "method", "median", "images/s", "memory", "gmacs", "ratio"],
+}
+UNITS = {
+    "attention": "Seconds, bytes, and errors relative to the largest entry.",
+    "kernel_ridge": "Seconds; the test error of the housing data is a mean square, of the digits a share.",
+    "newton_schedule": "Matrix products to the tolerance, by method.",
+    "nystrom": "Seconds; `to floor` is the time over that of the kernel block and of the product it cannot do without.",
+    "pinv": "Milliseconds; `min ratio` is the least time over pinv_newton's, so that below 1 is faster than it.",
+    "pinv_accuracy": "Median relative errors in float32.",
+    "soft": "Seconds and bytes; `ratio` is the literal transcription's time over the row's.",
+}
+
+
+def write(docs: Path) -> None:
+    folder = docs / "generated"
+    folder.mkdir(exist_ok=True)
+    gallery(folder)
+    (folder / "benchmarks.md").write_text(benchmarks(docs))
+
+
+def sections(script: Path) -> tuple[str, str]:
+    """First line and rest of a script's docstring."""
+    title, _, rest = ast.get_docstring(ast.parse(script.read_text())).partition("\n")
+    return title.rstrip("."), rest.strip("\n")
+
+
+def gallery(folder: Path) -> None:
+    """A page for each example, with what it prints and draws, and one that lists them."""
+    names = []
+    for script in GALLERY:
+        title, text = sections(script)
+        with tempfile.TemporaryDirectory() as output:
+            command = [sys.executable, str(script), *SMALL.get(script.stem, ["--quick"]), "--output", output]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{script.name} failed: {done.stderr.strip()}")
+            (folder / f"{script.stem}.png").write_bytes((Path(output) / f"{script.stem}.png").read_bytes())
+        page = (
+            f"# {title}\n\n{literal_indents(text)}\n\n![What it draws]({script.stem}.png)\n\n"
+            "It prints, at the small size that it was run with for this page:\n\n"
+            f"```text\n{done.stdout.rstrip()}\n```\n\n"
+            f"```{{literalinclude}} ../../{script.relative_to(ROOT)}\n:language: python\n```\n"
+        )
+        (folder / f"{script.stem}.md").write_text(page)
+        names.append(script.stem)
+    listed = "\n".join(names)
+    (folder / "gallery.md").write_text(
+        "# Examples\n\nEach was run when this page was built, at its smallest size.\n\n"
+        f"```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n"
+    )
+
+
+def literal_indents(text: str) -> str:
+    """Indented paragraphs of a docstring as fenced blocks."""
+    blocks = [f"```bash\n{block.strip()}\n```" if block.startswith("    ") else block for block in text.split("\n\n")]
+    return "\n\n".join(blocks)
+
+
+def benchmarks(docs: Path) -> str:
+    parts = [
+        "# Benchmarks\n\n"
+        "Every row of every result that is kept, made by the scripts in `examples/benchmarks/` with the command that "
+        "is given; where `lowrank` loses, the row stands here like the others. The machines are shared and noisy: "
+        "ratios within a table mean more than seconds.\n"
+    ]
+    for name, columns in COLUMNS.items():
+        results = json.loads((docs / "results" / f"{name}.json").read_text())
+        about = {k: v for k, v in results.items() if isinstance(v, str | int | float) and k != "command"}
+        title, _ = sections(ROOT / "examples" / "benchmarks" / f"{name}.py")
+        parts += [
+            f"## {name}\n",
+            f"{title}.\n",
+            f"```bash\n{results['command']}\n```\n",
+            ", ".join(f"{key} {value}" for key, value in about.items()) + f". {UNITS[name]}\n",
+            f"![The figure of {name}](../figures/{name}.png)\n",
+            table(columns, results["rows"]),
+        ]
+    return "\n".join(parts)
+
+
+def table(columns: list[str], rows: Iterable[dict]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {cell(part)}" for key, part in value.items())
+    return str(value).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    write(ROOT / "docs")
