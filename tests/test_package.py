@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import array_api_compat
+import numpy as np
 import pytest
 
 import lowrank
@@ -44,6 +46,7 @@ MAY_KNOW = {
     "nn": {"_array", "_attend", "_torch_attention", "attention"},
     "sklearn": {"_array", "kernels", "landmarks", "_core"},
     "dask": {"_array", "kernels", "landmarks", "_core", "factor"},
+    "__main__": set(),
 }
 
 
@@ -125,3 +128,17 @@ def test_version_is_one():
 def test_core_needs_three_libraries():
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert sorted(d.split(">")[0] for d in dependencies) == ["array-api-compat", "numpy", "scipy"]
+
+
+def test_it_tells_what_a_bug_report_needs():
+    done = subprocess.run([sys.executable, "-m", "lowrank"], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"lowrank {lowrank.__version__}, Python {sys.version.split()[0]}")
+    start = next(i for i, line in enumerate(lines) if line.startswith("array libraries"))
+    versions = {line.split()[0]: line.split()[-1] for line in lines[1:start]}
+    assert versions["numpy"] == np.__version__
+    assert versions["array-api-compat"] == array_api_compat.__version__
+    checked = lines[start + 1 :]
+    assert {line.split()[0].rstrip(",") for line in checked} >= {"numpy", "torch", "jax"}
+    # Condition 1.4, and a few operations in float32.
+    assert all(float(line.split()[-1]) < 1e-6 for line in checked)
