@@ -1,17 +1,75 @@
 """Checkpoints: the authors' layout, files that are damaged or hostile, and files that must survive."""
 
 import argparse
+import json
 import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
-import attentions
 import checkpoint
 import numpy as np
 import pytest
 import timm
 import torch
+
+# Depths, widths and heads as published; head dimension 32, 224 pixels.
+SIZES = {
+    "tiny": ((1, 2, 3, 2), (64, 128, 320, 512), (2, 4, 10, 16)),
+    "small": ((1, 3, 20, 4), (64, 128, 320, 512), (2, 4, 10, 16)),
+    "medium": ((1, 3, 29, 5), (64, 128, 288, 512), (2, 4, 9, 16)),
+    "large": ((1, 3, 40, 5), (64, 128, 320, 512), (2, 4, 10, 16)),
+    "huge": ((1, 5, 49, 5), (64, 128, 352, 512), (2, 4, 11, 16)),
+}
+NAMES = [f"soft_{norm}{size}" for norm in ("", "norm_") for size in SIZES]
+
+
+def linear(name, rows, columns):
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def norm(name, dim):
+    return {f"{name}.weight": (dim,), f"{name}.bias": (dim,)}
+
+
+def conv_norm(name, position, before, after):
+    shapes = {f"{name}.{position}.weight": (after, before, 3, 3), f"{name}.{position}.bias": (after,)}
+    running = {f"{name}.{position + 1}.running_{what}": (after,) for what in ("mean", "var")}
+    return shapes | norm(f"{name}.{position + 1}", after) | running | {f"{name}.{position + 1}.num_batches_tracked": ()}
+
+
+def official_layout(depths, widths, heads, classes=1000):
+    """Every official name and shape, from the published description alone."""
+    c1, c2, c3, c4 = widths
+    shapes = {f"pos_embed{i}": (1, n, c) for i, n, c in zip((1, 2, 3, 4), (3136, 784, 196, 50), widths, strict=True)}
+    shapes["cls_token"] = (1, 1, c4)
+    for position, before, after in ((0, 3, 32), (3, 32, 32), (6, 32, c1)):
+        shapes |= conv_norm("patch_embed1.proj", position, before, after)
+    for stage, before, after in ((2, c1, c2), (3, c2, c3), (4, c3, c4)):
+        shapes |= conv_norm(f"patch_embed{stage}.proj", 0, before, after)
+    for stage, r, k in ((1, 8, 9), (2, 4, 5), (3, 2, 3)):
+        c = widths[stage - 1]
+        for i in range(depths[stage - 1]):
+            att = f"block{stage}.{i}.att"
+            for name in ("W_q", "W_v", "ff"):
+                shapes |= linear(f"{att}.mha.{name}", c, c)
+            shapes[f"{att}.mha.attn.Qlandmark_op.weight"] = (32, 32, r, r)
+            shapes |= norm(f"{att}.mha.attn.Qnorm_act.0", 32)
+            shapes[f"{att}.mha.attn.conv.weight"] = (heads[stage - 1], 1, k, k)
+            shapes |= norm(f"{att}.norm1", c) | norm(f"{att}.norm2", c)
+            shapes |= linear(f"{att}.ff1", 4 * c, c) | linear(f"{att}.ff2", c, 4 * c)
+    for i in range(depths[3]):
+        block = f"block4.{i}"
+        shapes |= norm(f"{block}.norm1", c4) | norm(f"{block}.norm2", c4)
+        shapes |= linear(f"{block}.attn.q", c4, c4) | linear(f"{block}.attn.kv", 2 * c4, c4)
+        shapes |= linear(f"{block}.attn.proj", c4, c4)
+        shapes |= linear(f"{block}.mlp.fc1", 4 * c4, c4) | linear(f"{block}.mlp.fc2", c4, 4 * c4)
+    return shapes | norm("norm", c4) | linear("head", classes, c4)
+
+
+def shapes_of(state_dict):
+    return {key: tuple(value.shape) for key, value in state_dict.items()}
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +91,36 @@ def same(a, b):
     return True
 
 
+def computes(model, name):
+    """Whether a model of 5 classes is ``name`` with the authors' inverse and landmarks, and not without."""
+    x = torch.randn(1, 3, 64, 256, generator=torch.Generator().manual_seed(0))  # 16 landmark columns, and not 7
+    results = []
+    for published in ({"trained": "official"}, {}):
+        other = timm.create_model(name, num_classes=5, **published).eval()
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            results.append(torch.equal(model(x), other(x)))
+    return results == [True, False]
+
+
 def small_state():
     return {"weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7), "half": torch.ones(3).bfloat16()}
+
+
+def test_the_layout_written_here_is_the_published_one():
+    published = json.loads((Path(__file__).parent / "data" / "soft_tiny_shapes.json").read_text())
+    assert official_layout(*SIZES["tiny"]) == {key: tuple(shape) for key, shape in published.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_size_has_the_official_layout_both_ways(name):
+    layout = official_layout(*SIZES[name.split("_")[-1]])
+    with torch.device("meta"):
+        ours = timm.create_model(name).state_dict()
+        theirs = {key: torch.empty(shape) for key, shape in layout.items()}
+    assert shapes_of(checkpoint.to_official(ours)) == layout
+    assert shapes_of(checkpoint.from_official(theirs)) == shapes_of(ours)
+    assert name in checkpoint.PUBLISHED
 
 
 def test_layouts_are_inverse_to_each_other(tiny, official):
@@ -66,8 +152,7 @@ def test_official_files_in_every_wrapping(tmp_path, tiny, official, wrapping, pr
     model = checkpoint.load_official(tmp_path / "official.pth.tar")
     assert same(model.state_dict(), tiny.state_dict())
     assert not model.training
-    attention = model.stages[1].blocks[0].attn
-    assert (attention.inverse, attention.ridge, attention.grid) == (attentions.published_inverse, 0.01, None)
+    assert computes(model, "soft_tiny")
 
 
 def test_the_average_of_the_weights_is_preferred(tmp_path, official):
@@ -80,9 +165,7 @@ def test_official_names_in_a_safetensors_file_and_the_norm_variant(tmp_path, tin
     checkpoint.save(tmp_path / "official.safetensors", official)
     model = checkpoint.load_official(tmp_path / "official.safetensors", name="soft_norm_tiny")
     assert same(model.state_dict(), tiny.state_dict())
-    attention = model.stages[0].blocks[0].attn
-    assert attention.normalize
-    assert (attention.inverse, attention.ridge, attention.grid) == (attentions.published_norm_inverse, 0.0, None)
+    assert computes(model, "soft_norm_tiny")
 
 
 def test_all_differences_are_told_in_one_error(tmp_path, official):
@@ -103,11 +186,11 @@ def test_an_unknown_model_is_named(tmp_path, official):
     torch.save({k: v for k, v in official.items() if not k.startswith("block2.1.")}, tmp_path / "short.pth")
     with pytest.raises(ValueError, match=r"depths \(1, 1, 3, 2\)"):
         checkpoint.load_official(tmp_path / "short.pth")
-    with pytest.raises(ValueError, match=r"no model 'soft_titanic'; the names are soft_tiny, "):
+    with pytest.raises(ValueError, match=r"have no model 'soft_titanic'; theirs are soft_tiny, "):
         checkpoint.load_official(tmp_path / "short.pth", name="soft_titanic")
 
 
-@pytest.mark.parametrize("content", [3, [torch.zeros(1)], {"epoch": 3}, {"model": {"epoch": 3}}])
+@pytest.mark.parametrize("content", [3, [torch.zeros(1)], {"epoch": 3}, {"model": {"epoch": 3}}, {0: torch.zeros(1)}])
 def test_a_torch_file_without_weights_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "empty.pth")
     with pytest.raises(ValueError, match="holds no state dict"):
@@ -255,23 +338,164 @@ def test_what_is_not_a_tensor_or_a_string_is_refused(tmp_path, state, metadata, 
     assert path.read_bytes() == before
 
 
-def test_the_command_converts(tmp_path, tiny, official):
+@pytest.fixture
+def digits(tmp_path):
+    """A small file of ours, and its model."""
+    torch.manual_seed(0)
+    model = timm.create_model("soft_digits", num_classes=4).eval()
+    metadata = {"model": "soft_digits", "arguments": json.dumps({"num_classes": 4, "drop_path_rate": 0.05})}
+    checkpoint.save(tmp_path / "digits.safetensors", model.state_dict(), metadata=metadata)
+    return tmp_path / "digits.safetensors", model
+
+
+def test_a_model_is_built_from_its_file(digits):
+    path, model = digits
+    loaded, metadata = checkpoint.load_model(path)
+    assert metadata["model"] == "soft_digits"
+    assert not loaded.training
+    assert loaded.stages[3].blocks[0].drop_path.drop_prob == pytest.approx(0.05)
+    x = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+    checkpoint.save(path, {key: value.double() for key, value in model.state_dict().items()}, metadata=metadata)
+    assert checkpoint.load_model(path)[0].head.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "has no metadata 'model' and 'arguments'"),
+        ({"model": "soft_digits"}, "has no metadata 'model' and 'arguments'"),
+        (
+            {"model": "soft_titanic", "arguments": "{}"},
+            r"holds a model 'soft_titanic', which there is not; .*soft_tiny",
+        ),
+        ({"model": "soft_digits", "arguments": "{num_classes"}, r"do not fit soft_digits: arguments {num_classes \("),
+        ({"model": "soft_digits", "arguments": "3"}, "do not fit soft_digits: arguments 3"),
+        ({"model": "soft_digits", "arguments": '{"wings": 2}'}, "unknown: wings"),
+        ({"model": "soft_digits", "arguments": '{"checkpoint_path": "x"}'}, "unknown: checkpoint_path"),
+        ({"model": "soft_digits", "arguments": '{"trained": "hard"}'}, "do not fit soft_digits: .*hard"),
+        ({"model": "soft_digits", "arguments": '{"in_chans": -1}'}, "do not fit soft_digits"),
+        (
+            {"model": "soft_digits", "arguments": '{"num_classes": 7}'},
+            r"weights of soft_digits; 2 of the wrong shape: head.weight \(4, 128\) instead of \(7, 128\)",
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_its_metadata_is_refused(digits, metadata, message):
+    path, model = digits
+    checkpoint.save(path, model.state_dict(), metadata=metadata)
+    with pytest.raises(ValueError, match=message) as error:
+        checkpoint.load_model(path)
+    assert str(path) in str(error.value)
+
+
+def test_what_is_no_floating_weight_is_refused(digits):
+    path, model = digits
+    metadata = checkpoint.load(path)[1]
+    checkpoint.save(path, {key: value.int() for key, value in model.state_dict().items()}, metadata=metadata)
+    with pytest.raises(ValueError, match=r"norm.weight is of torch.int32"):
+        checkpoint.load_model(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", ["soft_tiny", "soft_norm_tiny"])
+def test_the_command_converts_both_ways(tmp_path, official, capsys, name, suffix):
+    """Official to ours, which loads as the authors' model, and back to the very tensors."""
+    there, back = tmp_path / "ours.safetensors", tmp_path / f"back{suffix}"
+    torch.save({"state_dict_ema": official}, tmp_path / "in.pth.tar")
+    checkpoint.main([str(tmp_path / "in.pth.tar"), str(there), "--name", name])
+    assert f"187 tensors of {name}" in capsys.readouterr().out
+    model, metadata = checkpoint.load_model(there)
+    assert metadata["model"] == name
+    assert json.loads(metadata["arguments"]) == {"trained": "official", "num_classes": 5}
+    assert computes(model, name)
+    checkpoint.main(["--to-official", str(there), str(back)])
+    out, err = capsys.readouterr()
+    assert f"187 tensors of {name} under the authors' names" in out
+    assert err == ""
+    found = checkpoint.load(back)[0] if suffix == ".safetensors" else torch.load(back, weights_only=True)["state_dict"]
+    assert same(found, official)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_weights_of_another_inverse_become_official_with_a_word(tmp_path, tiny, capsys):
+    metadata = {"model": "soft_tiny", "arguments": '{"num_classes": 5}'}
+    checkpoint.save(tmp_path / "in.safetensors", tiny.state_dict(), metadata=metadata)
+    checkpoint.main(["--to-official", str(tmp_path / "in.safetensors"), str(tmp_path / "out.pth")])
+    assert "has not been trained with the authors' inverse" in capsys.readouterr().err
+    assert same(checkpoint.load_official(tmp_path / "out.pth").state_dict(), tiny.state_dict())
+
+
+def test_the_script_runs(tmp_path, tiny, official):
     torch.save({"state_dict_ema": official}, tmp_path / "in.pth")
     command = [sys.executable, checkpoint.__file__, str(tmp_path / "in.pth"), str(tmp_path / "out.safetensors")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "187 tensors of soft_tiny" in done.stdout
-    state, metadata = checkpoint.load(tmp_path / "out.safetensors")
-    assert metadata == {"model": "soft_tiny"}
-    assert same(state, tiny.state_dict())
+    assert same(checkpoint.load(tmp_path / "out.safetensors")[0], tiny.state_dict())
 
 
-def test_the_command_fails_with_a_message(tmp_path, monkeypatch, capsys):
-    (tmp_path / "in.pth").write_bytes(b"not a checkpoint")
-    monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(tmp_path / "in.pth"), str(tmp_path / "out.safetensors")])
+def refused(capsys, *arguments):
+    """The one line that the command fails with."""
     with pytest.raises(SystemExit) as exit_:
-        checkpoint.main()
+        checkpoint.main([str(argument) for argument in arguments])
     assert exit_.value.code == 2
-    assert "in.pth is not a torch file" in capsys.readouterr().err
-    assert not (tmp_path / "out.safetensors").exists()
+    out, err = capsys.readouterr()
+    assert out == ""
+    usage, _, line = err.partition("error: ")
+    assert usage.startswith("usage: ")
+    assert line.count("\n") == 1
+    return line
+
+
+def test_the_command_fails_with_one_line(tmp_path, official, digits, capsys):
+    (tmp_path / "bad.pth").write_bytes(b"not a checkpoint")
+    torch.save({"state_dict": MakesAFile(tmp_path / "executed")}, tmp_path / "hostile.pth")
+    good, out = tmp_path / "good.pth", tmp_path / "out.safetensors"
+    torch.save(official, good)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    back = ("--to-official",)
+    assert "bad.pth is not a torch file" in refused(capsys, tmp_path / "bad.pth", out)
+    assert "hostile.pth is not a torch file" in refused(capsys, tmp_path / "hostile.pth", out)
+    assert "nowhere.pth" in refused(capsys, tmp_path / "nowhere.pth", out)
+    assert "there is no file" in refused(capsys, *back, tmp_path / "nowhere.safetensors", out)
+    assert "no model 'soft_titanic'" in refused(capsys, good, out, "--name", "soft_titanic")
+    assert "no model 'soft_digits'" in refused(capsys, good, out, "--name", "soft_digits")
+    line = refused(capsys, good, out, "--name", "soft_medium")
+    assert "does not hold the weights of soft_medium" in line
+    assert "missing: block2.2." in line
+    assert "of the wrong shape: pos_embed3 (1, 196, 320) instead of (1, 196, 288)" in line
+    assert "'soft_digits'" in refused(capsys, *back, digits[0], out)
+    assert "is in our layout already" in refused(capsys, digits[0], out)
+    assert "is not a safetensors file" in refused(capsys, *back, good, out)
+    assert "must end in .safetensors, not 'out.pth'" in refused(capsys, good, tmp_path / "out.pth")
+    assert "must end in .safetensors or .pth, not 'out.pt'" in refused(capsys, *back, digits[0], tmp_path / "out.pt")
+    assert "--name soft_tiny is for official files" in refused(capsys, *back, digits[0], out, "--name", "soft_tiny")
+    assert "there is no folder" in refused(capsys, good, tmp_path / "nowhere" / "out.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_what_the_authors_code_could_not_load_is_not_made_official(tmp_path, capsys):
+    model = timm.create_model("soft_tiny", num_classes=5, img_size=64)
+    metadata = {"model": "soft_tiny", "arguments": '{"num_classes": 5, "img_size": 64}'}
+    checkpoint.save(tmp_path / "in.safetensors", model.state_dict(), metadata=metadata)
+    line = refused(capsys, "--to-official", tmp_path / "in.safetensors", tmp_path / "out.pth")
+    assert "holds no model of the authors', for it is not their soft_tiny; 4 of the wrong shape: " in line
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_nothing_is_overwritten(tmp_path, official, capsys):
+    torch.save(official, tmp_path / "in.pth")
+    out = tmp_path / "out.safetensors"
+    out.write_text("precious")
+    assert "exists; name another file" in refused(capsys, tmp_path / "in.pth", out)
+    assert "exists; name another file" in refused(capsys, "--to-official", tmp_path / "in.pth", out)
+    assert out.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.safetensors"]
+
+
+def test_an_unwritable_folder_is_seen_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    assert "cannot be written to" in refused(capsys, tmp_path / "in.pth", tmp_path / "out.safetensors")

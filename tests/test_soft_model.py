@@ -218,7 +218,7 @@ def test_position_embeddings_are_interpolated_beside_the_class_slot():
     stage = little().stages[3]
     stage.grid = (2, 3)
     stage.pos_embed = torch.nn.Parameter(images(1, 7, 96, channels=1)[0])
-    assert stage.positions((2, 3)) is stage.pos_embed
+    assert torch.equal(stage.positions((2, 3)), stage.pos_embed)
     finer = stage.positions((4, 6))
     assert torch.equal(finer[:, 0], stage.pos_embed[:, 0])
     table, image = stage.pos_embed[0, 1:].reshape(2, 3, 96), finer[0, 1:].reshape(4, 6, 96)

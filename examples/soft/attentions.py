@@ -142,11 +142,9 @@ class LinformerAttention(Mixer):
         self.mapping = nn.Parameter(torch.randn(2, grid**2, *tokens) / math.sqrt(math.prod(tokens)))
 
     def attend(self, q, k, v, size):
-        mapping = self.mapping  # (2, m, H, W)
-        if mapping.shape[2:] != size:
-            # Sums over more tokens, of weights that are smaller by as much.
-            scale = math.prod(mapping.shape[2:]) / math.prod(size)
-            mapping = scale * F.interpolate(mapping, size=size, mode="bilinear", align_corners=False)
+        # Sums over more tokens, of weights that are smaller by as much.
+        scale = math.prod(self.mapping.shape[2:]) / math.prod(size)
+        mapping = scale * F.interpolate(self.mapping, size=size, mode="bilinear", align_corners=False)  # (2, m, H, W)
         for_keys, for_values = mapping.flatten(2)  # (m, N)
         return F.scaled_dot_product_attention(q, for_keys @ k, for_values @ v)
 

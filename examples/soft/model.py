@@ -128,8 +128,7 @@ class Stage(nn.Module):
 
     def positions(self, size: tuple[int, int]) -> Tensor:
         """Position embeddings of an H × W image, (1, N, C) or, after the class token's, (1, 1 + N, C)."""
-        if size == self.grid:
-            return self.pos_embed
+        # Of its own size as well, for which this is the identity: an exported program must not depend on which it is.
         slots = 0 if self.cls_token is None else 1
         image = self.pos_embed[:, slots:].transpose(1, 2).unflatten(2, self.grid)  # (1, C, H₀, W₀)
         image = F.interpolate(image, size=size, mode="bilinear", align_corners=False)  # (1, C, H, W)
