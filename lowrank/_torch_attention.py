@@ -80,7 +80,8 @@ def gaussian_product(x, y, v):
     asked = F.pad(torch.cat([x, torch.ones_like(half_x), half_x], -1), (0, width - d - 2))
     keys = _with_unit_row(torch.cat([y, -half_y], -1), d + 1, width)
     out = F.scaled_dot_product_attention(asked, keys, _with_unit_row(v, e, width), scale=1.0)
-    return out[..., :e] / out[..., e : e + 1]
+    # Points so far out that rounding of their squares exceeds 1 could leave less than the bound, or nothing.
+    return out[..., :e] / out[..., e : e + 1].clamp(min=0.5 / (1 + y.shape[-2]))
 
 
 def _with_unit_row(t, at, width):

@@ -170,10 +170,13 @@ def _core(
     # Looked up at the call, so that whoever replaces the iteration in its own room is heard here.
     invert = _pinv.pinv_newton if inverse is None else inverse
     a = _attend.gaussian_block(z, z, xp)
+    eye = identity(a, xp)
+    # k(z, z) = 1, which the expansion of a distance misses by eps·‖z‖²: of far landmarks by all of it.
+    a = xp.where(eye == 1, eye, a)
     both = None if mask is None else mask[..., :, None] & mask[..., None, :]
     if both is not None:
         # The inverse of a block diagonal matrix is block diagonal: what is masked does not touch what is not.
-        a = xp.where(both, a, identity(a, xp))
+        a = xp.where(both, a, eye)
     solves = inverse is None and ridge > 0
     if solves:
         # What the corrections in _attend leave of an error, its power, is below rounding; no row sum of A exceeds m.
@@ -183,7 +186,7 @@ def _core(
         core = _pinv.pinv_newton(stop_gradient(a), hermitian=True, ridge=ridge, **known)
     else:
         core = invert(a, hermitian=True, ridge=ridge)
-    system = a + ridge * identity(a, xp) if solves else None
+    system = a + ridge * eye if solves else None
     if normalize:
         root = xp.sqrt(xp.sum(a, axis=-1, keepdims=True))  # D^½; D ≥ 1, as k(z, z) = 1
         roots = root * xp.matrix_transpose(root)
