@@ -10,8 +10,8 @@ replaced by a half-written one, and by the command not at all.
 """
 
 import argparse
+import contextlib
 import inspect
-import io
 import json
 import os
 import pickle
@@ -19,8 +19,9 @@ import re
 import secrets
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import model as soft
 import safetensors
@@ -33,8 +34,8 @@ from torch import Tensor
 PUBLISHED = tuple(f"soft_{n}{size}" for n in ("", "norm_") for size in ("tiny", "small", "medium", "large", "huge"))
 # What torch's restricted unpickler raises on files that are damaged, hostile or something else: all were met when
 # random bits were flipped and files cut short.
-_UNREADABLE = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, OverflowError)
-_UNREADABLE += (ValueError, TypeError, AttributeError, AssertionError)
+UNREADABLE = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, OverflowError)
+UNREADABLE += (ValueError, TypeError, AttributeError, AssertionError)
 # Layers of a block, official to ours.
 _SOFTMAX_FREE = {"att.norm1": "norm1", "att.norm2": "norm2", "att.ff1": "mlp.fc1", "att.ff2": "mlp.fc2"}
 _SOFTMAX_FREE |= {"att.mha.W_q": "attn.query", "att.mha.W_v": "attn.value", "att.mha.ff": "attn.proj"}
@@ -124,7 +125,7 @@ def _read_official(path: Path) -> dict[str, Tensor]:
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ValueError(
                 f"{path} is not a torch file of tensors alone, or is damaged ({first_line(error)}); "
                 "it has not been unpickled"
@@ -207,21 +208,30 @@ def save(path: str | Path, state_dict: Mapping[str, Tensor], *, metadata: Mappin
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"state_dict must hold tensors; {key!r} is a {type(value).__name__}")
-    _write(Path(path), safetensors.torch.save({key: value.contiguous() for key, value in state_dict.items()}, metadata))
+    content = safetensors.torch.save({key: value.contiguous() for key, value in state_dict.items()}, metadata)
+    with replacing(Path(path)) as file:
+        file.write(content)
 
 
-def _write(path: Path, content: bytes) -> None:
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which becomes ``path`` at the end, at once and for good; after an error nothing has changed."""
     # In the same folder, for a rename is atomic only within one file system.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(part, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # or the new name may be lost with the power
+    finally:
+        os.close(folder)
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -270,8 +280,8 @@ def _convert_to_official(source: Path, target: Path) -> str:
     if target.suffix == ".safetensors":
         save(target, official)
     else:
-        torch.save({"state_dict": official}, file := io.BytesIO())
-        _write(target, file.getvalue())
+        with replacing(target) as file:
+            torch.save({"state_dict": official}, file)
     return f"{len(official)} tensors of {name} under the authors' names"
 
 

@@ -223,7 +223,7 @@ class Soft(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes)
         self.apply(self._init_linear)
-        for name in self.no_weight_decay():
+        for name in sorted(self.no_weight_decay()):  # of a set, whose order is not the same in every process
             trunc_normal_(self.get_parameter(name), std=0.02)
 
     @staticmethod

@@ -25,6 +25,7 @@ import model as soft
 import numpy as np
 import timm
 import torch
+from data import UNREADABLE
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import create_transform
@@ -39,8 +40,6 @@ from matplotlib.patches import Rectangle
 
 TOKENS = ("0.5,0.5", "0.25,0.3", "0.8,0.7")
 COLUMNS = 5
-# What Pillow raises on files that are no images, cut short or damaged.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)
 # Of a layer: itself, its input (B, N, C) and the size (H, W) of the image that the tokens are.
 Layer = tuple[SoftmaxFreeAttention, Tensor, tuple[int, int]]
 
@@ -209,7 +208,7 @@ def read_images(paths: list[Path]) -> dict[str, Image.Image]:
             with Image.open(path) as image:
                 name = path.stem if path.stem not in images else f"{path.stem}-{len(images)}"
                 images[name] = image.convert("RGB")
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ValueError(f"{path} cannot be read as an image ({checkpoint.first_line(error)})") from error
     return images
 
