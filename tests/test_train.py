@@ -17,12 +17,15 @@ from pathlib import Path
 
 import checkpoint
 import data
+import evaluate
+import export
 import pytest
 import recipe
 import state
 import timm
 import torch
 import train
+import visualize
 from test_data import damage, make_photographs
 
 import lowrank.pinv
@@ -584,3 +587,16 @@ def test_scripts_import_without_running():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_folder_of_photographs_trains_evaluates_exports_and_is_drawn(whole, tmp_path, capsys):
+    weights = str(whole / "model.safetensors")
+    _, metadata = checkpoint.load(whole / "model.safetensors")
+    evaluate.main([weights, "--batch-size", "3"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"top1={metadata['test_accuracy']}"
+    export.main([weights, str(tmp_path / "soft.onnx"), "--size", "32", "32"])
+    assert (tmp_path / "soft.onnx").stat().st_size > 1e6
+    photograph = next((Path(json.loads(metadata["data"])["spec"][1]) / "val").glob("*/*.jpg"))
+    visualize.main([weights, str(photograph), "--output", str(tmp_path / "maps")])
+    assert len(list((tmp_path / "maps").glob("*.png"))) == 2

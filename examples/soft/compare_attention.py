@@ -251,7 +251,7 @@ def plot(entries: list[dict], sizes: tuple[int, ...], path: Path, title: str) ->
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="toy size: 128 images of training, 32 and 64 pixels")
+    parser.add_argument("--quick", action="store_true", help="small: 128 images of training, 32 and 64 pixels")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for compare_attention.json, .md and .png")
     parser.add_argument("--attn", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS), help="all unless given")
     parser.add_argument("--data", nargs="*", choices=SPLITS, default=list(SPLITS), help="both unless given")

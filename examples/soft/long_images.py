@@ -163,9 +163,9 @@ def plot(spent: list[dict], size: int, path: Path, title: str) -> None:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="toy size: 64 and 128 pixels, sixteen steps")
+    parser.add_argument("--quick", action="store_true", help="small: 64 and 128 pixels, sixteen steps")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for long_images.json, .md and .png")
-    parser.add_argument("--budget", type=float, default=300.0, help="seconds of training each (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=400.0, help="seconds of training each (default: %(default)s)")
     options = parser.parse_args(arguments)
     if not options.budget > 0:
         parser.error(f"--budget must be positive, not {options.budget}")
