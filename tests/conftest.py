@@ -1,31 +1,30 @@
 """Backends and matrices shared by all tests.
 
 ``xp`` runs a test once per array library. A machine without a GPU skips the two CUDA backends and says
-so; any other library that is missing is an error, because the test extra installs it.
+so; any other library that is missing is an error, because the test extra installs it. Libraries are imported where
+they are used: tests/core needs NumPy alone.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 
 # Before any library reads it: matrices here are small, and threads that wait for each other cost a multiple.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("JAX_ENABLE_X64", "1")
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import array_api_compat
-import array_api_strict
 import hypothesis
-import jax
 import numpy as np
 import pytest
-import torch
 
 from lowrank._array import to_host
 
-jax.config.update("jax_enable_x64", True)
 hypothesis.settings.register_profile("lowrank", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("lowrank")
 
@@ -52,26 +51,25 @@ def _read_only(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _cupy(x: np.ndarray) -> Any:
-    import cupy
-
-    return cupy.asarray(x)
+def _of(library: str, **options: Any) -> Callable[[np.ndarray], Any]:
+    """What makes an array of a library, imported for that."""
+    return lambda x: importlib.import_module(library).asarray(np.array(x), **options)
 
 
 _BACKENDS: dict[str, Callable[[np.ndarray], Any]] = {
     "numpy": np.asarray,
     "numpy-read-only": _read_only,
-    "array-api-strict": array_api_strict.asarray,
-    "torch": lambda x: torch.asarray(np.array(x)),
-    "jax": jax.numpy.asarray,
-    "cupy": _cupy,
-    "torch-cuda": lambda x: torch.asarray(np.array(x), device="cuda"),
+    "array-api-strict": _of("array_api_strict"),
+    "torch": _of("torch"),
+    "jax": _of("jax.numpy"),
+    "cupy": _of("cupy"),
+    "torch-cuda": _of("torch", device="cuda"),
 }
 
 
 @pytest.fixture(params=list(_BACKENDS), scope="session")
 def xp(request: pytest.FixtureRequest) -> Backend:
-    if request.param in ("cupy", "torch-cuda") and not torch.cuda.is_available():
+    if request.param in ("cupy", "torch-cuda") and not importlib.import_module("torch").cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     return Backend(request.param, _BACKENDS[request.param])
 
