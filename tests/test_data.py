@@ -14,6 +14,9 @@ from sklearn.datasets import load_sample_images
 
 CLASSES = ["china", "flower"]
 
+# JAX warns of it, where another file's tests have left it in this process.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 
 def make_photographs(folder: Path, *, size: int = 64, train: int = 12, test: int = 4) -> Path:
     """An ImageFolder of crops of scikit-learn's two sample photographs, a class for each."""

@@ -32,7 +32,11 @@ import lowrank.pinv
 
 SOFT = Path(__file__).parents[1] / "examples" / "soft"
 # torch deprecates what timm's layers are scripted with.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning",
+    "ignore:`torch.jit:DeprecationWarning",
+    "ignore:os.fork:RuntimeWarning",  # of JAX, which another file's tests have left in this process
+)
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +232,13 @@ def test_second_signal_is_not_held_back(photographs, monkeypatch, tmp_path):
         return original(self, *arguments)
 
     monkeypatch.setattr(train.Training, "update", update)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(on(photographs, "--output", tmp_path / "out"))
+    # What Python does, whatever it is that runs the tests has changed.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.main(on(photographs, "--output", tmp_path / "out"))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_last_states_are_kept(photographs, tmp_path):
