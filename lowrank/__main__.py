@@ -16,7 +16,7 @@ import numpy as np
 
 import lowrank
 
-# Modules whose versions matter, by the name of their distribution where that is another one.
+# Distributions whose versions matter; CuPy has another for every CUDA.
 LIBRARIES = ("numpy", "scipy", "array-api-compat", "torch", "triton", "jax", "scikit-learn", "dask", "safetensors")
 
 

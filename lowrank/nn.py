@@ -384,6 +384,8 @@ def gaussian_attention(q: Tensor, v: Tensor, /, *, lengthscale: float | None = N
 
     Raises
     ------
+    TypeError
+        If ``q`` and ``v`` are not tensors of one floating dtype.
     ValueError
         If ``q`` and ``v`` differ in leading axes or tokens, or ``lengthscale`` is not positive.
 
@@ -394,6 +396,9 @@ def gaussian_attention(q: Tensor, v: Tensor, /, *, lengthscale: float | None = N
     >>> gaussian_attention(torch.zeros(1, 4, 2), torch.ones(1, 4, 3))[0, 0]
     tensor([4., 4., 4.])
     """
+    dtypes = [x.dtype if isinstance(x, Tensor) else type(x).__name__ for x in (q, v)]
+    if not (isinstance(q, Tensor) and isinstance(v, Tensor) and q.is_floating_point() and q.dtype == v.dtype):
+        raise TypeError(f"q and v must be tensors of one floating dtype, not {dtypes[0]} and {dtypes[1]}; convert them")
     if q.ndim < 2 or q.shape[:-1] != v.shape[:-1]:
         shapes = f"{tuple(q.shape)} and {tuple(v.shape)}"
         raise ValueError(

@@ -246,7 +246,6 @@ def landmarks(draw) -> None:
     assert found is None or 0 < found < np.inf
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def ridge_regression(draw) -> None:
     arrays = Arrays(draw, dtypes=("float32", "float64"))
     n, d = size(draw), size(draw)

@@ -708,3 +708,10 @@ def test_gaussian_attention_far_from_the_origin_and_in_half_precision():
 def test_gaussian_attention_refuses(shapes, lengthscale, message):
     with pytest.raises(ValueError, match=message):
         gaussian_attention(points(*shapes[0]), points(*shapes[1]), lengthscale=lengthscale)
+
+
+def test_gaussian_attention_refuses_what_is_no_tensor_of_floats():
+    q = torch.ones(4, 2)
+    for a, b, named in ((q.long(), q.long(), "int64"), (q.numpy(), q, "ndarray"), (q, q.double(), "float64")):
+        with pytest.raises(TypeError, match=f"tensors of one floating dtype, not .*{named}"):
+            gaussian_attention(a, b)
