@@ -15,8 +15,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What a page of the gallery is made with; --quick unless the script has its size as an option.
-SMALL = {"out_of_core": ["--rows", "500", "--chunk", "100"]}
 GALLERY = sorted((ROOT / "examples").glob("*.py"))
 # Columns of a benchmark's table, and how a cell is written; all others are in the file.
 COLUMNS = {
@@ -58,7 +56,7 @@ def gallery(folder: Path) -> None:
     for script in GALLERY:
         title, text = sections(script)
         with tempfile.TemporaryDirectory() as output:
-            command = [sys.executable, str(script), *SMALL.get(script.stem, ["--quick"]), "--output", output]
+            command = [sys.executable, str(script), "--quick", "--output", output]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{script.name} failed: {done.stderr.strip()}")

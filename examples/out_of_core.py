@@ -109,12 +109,15 @@ def plot(found: list[dict], rows: int, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="500 rows in chunks of 100")
     parser.add_argument("--rows", type=int, default=20_000, help="how many rows to write and fit")
     parser.add_argument("--chunk", type=int, default=50_000, help="rows per chunk")
     parser.add_argument(
         "--output", type=Path, help="folder for the memory map (deleted at the end) and out_of_core.png"
     )
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.rows, options.chunk = 500, 100
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.output) as folder:

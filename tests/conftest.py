@@ -74,6 +74,19 @@ def xp(request: pytest.FixtureRequest) -> Backend:
     return Backend(request.param, _BACKENDS[request.param])
 
 
+def refused_by(main: Callable[[list[str]], None], capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The one line in which a command refuses its arguments, having printed nothing else and with exit code 2."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    usage, _, line = err.partition("error: ")
+    assert usage.startswith("usage: ")
+    assert line.count("\n") == 1
+    return line
+
+
 def from_spectrum(
     singular_values: np.ndarray, m: int, n: int, *, seed: int = 0, complex_: bool = False, dtype: Any = np.float64
 ) -> tuple[np.ndarray, np.ndarray]:

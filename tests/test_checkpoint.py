@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import refused_by
 
 # Depths, widths and heads as published; head dimension 32, 224 pixels.
 SIZES = {
@@ -438,16 +439,7 @@ def test_the_script_runs(tmp_path, tiny, official):
 
 
 def refused(capsys, *arguments):
-    """The one line that the command fails with."""
-    with pytest.raises(SystemExit) as exit_:
-        checkpoint.main([str(argument) for argument in arguments])
-    assert exit_.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    usage, _, line = err.partition("error: ")
-    assert usage.startswith("usage: ")
-    assert line.count("\n") == 1
-    return line
+    return refused_by(checkpoint.main, capsys, *arguments)
 
 
 def test_the_command_fails_with_one_line(tmp_path, official, digits, capsys):

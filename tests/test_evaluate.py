@@ -9,6 +9,7 @@ import evaluate
 import pytest
 import timm
 import torch
+from conftest import refused_by
 from data import digits, open_data
 from PIL import Image
 
@@ -54,14 +55,7 @@ def run(capsys, *arguments):
 
 
 def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as exit_:
-        evaluate.main([str(argument) for argument in arguments])
-    assert exit_.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    line = err.partition("error: ")[2]
-    assert line.count("\n") == 1
-    return line
+    return refused_by(evaluate.main, capsys, *arguments)
 
 
 def test_accuracies_are_those_of_the_split_it_was_trained_with(trained, logits_and_labels, capsys):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-# Toy size is --quick, but where a script has its size as an option.
-SMALL = {"out_of_core": ["--rows", "500", "--chunk", "100"]}
 SCRIPTS = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
@@ -20,7 +18,7 @@ def test_it_runs_and_leaves_its_plot(script, tmp_path):
         "-W",
         "error",
         str(script),
-        *SMALL.get(script.stem, ["--quick"]),
+        "--quick",
         "--output",
         str(tmp_path),
     ]

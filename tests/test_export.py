@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from conftest import refused_by
 
 # Three classes, and a size of its own that the program is to be valid at.
 SMALL = {"num_classes": 3, "img_size": 64, "landmark_grid": 3}
@@ -104,14 +105,7 @@ def test_a_program_that_differs_is_not_kept(tmp_path, digits, monkeypatch, capsy
 
 
 def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as exit_:
-        export.main([str(argument) for argument in arguments])
-    assert exit_.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    line = err.partition("error: ")[2]
-    assert line.count("\n") == 1
-    return line
+    return refused_by(export.main, capsys, *arguments)
 
 
 def test_what_cannot_be_exported_is_told_in_one_line(tmp_path, digits, monkeypatch, capsys):
