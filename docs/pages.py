@@ -26,6 +26,7 @@ COLUMNS = {
     "pinv_accuracy": ["condition", "steps", "pinv_newton", "20 textbook steps", "Cholesky"],
     "soft": ["size", "batch", "pass", "method", "median", "images/s", "memory", "gmacs", "ratio"],
 }
+VERSIONS = ("python", "numpy", "array-api-compat", "array-api-strict", "torch", "jax")
 UNITS = {
     "attention": "Seconds, bytes, and errors relative to the largest entry.",
     "kernel_ridge": "Seconds; the test error of the housing data is a mean square, of the digits a share.",
@@ -42,6 +43,7 @@ def write(docs: Path) -> None:
     folder.mkdir(exist_ok=True)
     gallery(folder)
     (folder / "benchmarks.md").write_text(benchmarks(docs))
+    (folder / "backends.md").write_text(backends(docs))
 
 
 def sections(script: Path) -> tuple[str, str]:
@@ -102,6 +104,27 @@ def benchmarks(docs: Path) -> str:
             table(columns, results["rows"]),
         ]
     return "\n".join(parts)
+
+
+def backends(docs: Path) -> str:
+    results = json.loads((docs / "results" / "backends.json").read_text())
+    rows = results["rows"]
+    # A machine without a GPU has no errors to show for one: a column of nothing but reasons is a line of text.
+    ways = [way for way in next(iter(rows.values())) if not any("no CUDA" in row[way] for row in rows.values())]
+    unseen = sorted({way for row in rows.values() for way in row} - set(ways))
+    versions = ", ".join(f"{name} {results[name]}" for name in VERSIONS)
+    return (
+        "# Array libraries\n\n"
+        "What the tests (`tests/test_backends.py`) found when they last filled this table: the largest error of every "
+        "function on every library, relative to the largest entry of what NumPy says in float64; *equal*, for indices; "
+        "*refused*, by a TypeError that says so, where a traced program has no values to decide by. Library, dtype and "
+        "device of every result were those of its arguments.\n\n"
+        f"```bash\n{results['command']}\n```\n\n{results['date']}, {results['machine']}: {versions}.\n\n"
+        + table(["function", *ways], [{"function": f"`{name}`", **row} for name, row in rows.items()])
+        + (f"\nNot run, for want of a CUDA device: {', '.join(unseen)}.\n" if unseen else "")
+        + "\nTorch's default dtype changes nothing, to the last bit (tested). `lowrank.nn` is for torch, "
+        "`lowrank.sklearn` takes what scikit-learn takes, `lowrank.dask` Dask arrays of NumPy or CuPy chunks.\n"
+    )
 
 
 def table(columns: list[str], rows: Iterable[dict]) -> str:

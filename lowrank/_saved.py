@@ -1,11 +1,13 @@
 """Named arrays and a description of them in one file, in the safetensors format.
 
 The format holds arrays and text and no code (https://huggingface.co/docs/safetensors), so that a file from anywhere may
-be read. The description is one JSON string in its header.
+be read. The description is one JSON string in its header, and beside it stands the SHA-256 (FIPS 180-4) of everything:
+what is read is what was written, to the bit, or is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -15,14 +17,16 @@ from typing import Any
 
 import numpy as np
 
-_KEY = "lowrank"
+_KEY, _DIGEST = "lowrank", "sha256"
 
 
 def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> None:
     """Write the arrays; at any moment ``path`` is the old file, if there was one, or the whole new one."""
     from safetensors.numpy import save
 
-    content = save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, {_KEY: json.dumps(dict(description))})
+    arrays = {name: np.asarray(a, order="C") for name, a in arrays.items()}
+    described = json.dumps(dict(description))
+    content = save(arrays, {_KEY: described, _DIGEST: _digest(arrays, described)})
     path = Path(path)
     # In the same folder, for a rename is atomic only within one file system.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -48,10 +52,20 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(path, framework="numpy") as file:
-            described = (file.metadata() or {}).get(_KEY)
+            metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or is truncated or damaged ({error})") from error
-    if described is None:
+    if not metadata.keys() & {_KEY, _DIGEST}:
         raise ValueError(f"{path} is a safetensors file of something else; it holds {sorted(arrays)[:8]}")
-    return arrays, json.loads(described)
+    if metadata.get(_DIGEST) != _digest(arrays, metadata.get(_KEY, "")):
+        raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was written; take another copy")
+    return arrays, json.loads(metadata[_KEY])
+
+
+def _digest(arrays: Mapping[str, np.ndarray], described: str) -> str:
+    digest = hashlib.sha256(described.encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(arrays[name])
+    return digest.hexdigest()

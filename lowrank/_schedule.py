@@ -35,11 +35,12 @@ def remembered(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def recalled(*arguments: Any) -> Any:
-        if arguments not in known:
+        found = known.get(arguments)
+        if found is None:
             if len(known) >= 4096:
                 known.clear()
-            known[arguments] = function(*arguments)
-        return known[arguments]
+            found = known[arguments] = function(*arguments)
+        return found  # and not known[arguments], which another thread may have cleared
 
     constants.append(recalled)
     return recalled

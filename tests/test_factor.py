@@ -710,6 +710,11 @@ def test_refused_files(tmp_path):
     nystrom(gaussian_gram(x), kernel=None, rank=5, rng=0).save(path)
     with pytest.raises(ValueError, match="made from K itself: give kernel=None"):
         LowRank.load(path, kernel=gaussian_kernel)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: its SHA-256"):
+        LowRank.load(path, kernel=None)
     save_file({"weight": np.ones(3)}, path)
     with pytest.raises(ValueError, match=r"something else; it holds \['weight'\]"):
         LowRank.load(path, kernel=None)
