@@ -110,15 +110,17 @@ def backends(docs: Path) -> str:
     results = json.loads((docs / "results" / "backends.json").read_text())
     rows = results["rows"]
     # A machine without a GPU has no errors to show for one: a column of nothing but reasons is a line of text.
-    ways = [way for way in next(iter(rows.values())) if not any("no CUDA" in row[way] for row in rows.values())]
-    unseen = sorted({way for row in rows.values() for way in row} - set(ways))
+    every = list(dict.fromkeys(way for row in rows.values() for way in row))
+    unseen = [way for way in every if any("no CUDA" in row.get(way, "") for row in rows.values())]
+    ways = [way for way in every if way not in unseen]
     versions = ", ".join(f"{name} {results[name]}" for name in VERSIONS)
     return (
         "# Array libraries\n\n"
         "What the tests (`tests/test_backends.py`) found when they last filled this table: the largest error of every "
         "function on every library, relative to the largest entry of what NumPy says in float64; *equal*, for indices; "
         "*refused*, by a TypeError that says so, where a traced program has no values to decide by. Library, dtype and "
-        "device of every result were those of its arguments.\n\n"
+        "device of every result were those of its arguments. (Factors in float32 are what the shift of 30·eps·‖W‖ "
+        "makes of them, which keeps F Fᵀ below K; W has a condition of 300 here.)\n\n"
         f"```bash\n{results['command']}\n```\n\n{results['date']}, {results['machine']}: {versions}.\n\n"
         + table(["function", *ways], [{"function": f"`{name}`", **row} for name, row in rows.items()])
         + (f"\nNot run, for want of a CUDA device: {', '.join(unseen)}.\n" if unseen else "")

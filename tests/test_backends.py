@@ -14,11 +14,13 @@ from functools import partial
 from typing import Any
 
 import array_api_compat
+import dask.array as da
 import numpy as np
 import pytest
 from conftest import from_spectrum
 
 import lowrank
+from lowrank import dask as chunked
 from lowrank._array import to_host
 
 KERNEL = partial(lowrank.gaussian_kernel, lengthscale=2.0)
@@ -192,6 +194,39 @@ def test_it_says_the_same(name, way, record_property):
         return
     error = float(np.max(np.abs(result - right)) / np.max(np.abs(right)))
     assert error <= ROUNDINGS * case.condition * np.finfo(way.dtype).eps
+    record_property("said", f"{error:.0e}" if error else "0")
+
+
+# Functions of x in chunks of rows, and their condition. The ridge fit of Dask arrays is that of the features alone.
+DASK = {
+    "nystrom, points": (lambda x, a: _chunked(x, a).factor @ _chunked(x, a).factor.T, CORE),
+    "LowRank.features": (lambda x, a: _chunked(x, a).features(a["y"]), CORE),
+    "dask.ridge": (
+        lambda x, a: chunked.ridge(
+            x, da.from_array(a["at_x"], chunks=(7, 2)), kernel=KERNEL, landmarks=a["y"], ridge=RIDGE
+        ).predict(a["y"]),
+        RIDGED,
+    ),
+}
+
+
+def _chunked(x: da.Array, a: dict[str, np.ndarray]) -> chunked.ChunkedLowRank:
+    return chunked.nystrom(x, kernel=KERNEL, landmarks=a["y"])
+
+
+@pytest.mark.parametrize("name", DASK)
+def test_dask_says_the_same(name, record_property):
+    function, condition = DASK[name]
+    a = element(data(), 0)
+    result = np.asarray(function(da.from_array(a["x"], chunks=(7, 3)), a))
+    if name in CASES:
+        right = CASES[name].function(a)
+    else:
+        f = factored(a)
+        gram = f.factor.T @ f.factor + RIDGE * np.eye(f.rank)
+        right = f.features(a["y"]) @ np.linalg.solve(gram, f.factor.T @ a["at_x"])
+    error = float(np.max(np.abs(result - right)) / np.max(np.abs(right)))
+    assert error <= ROUNDINGS * condition * np.finfo(np.float64).eps
     record_property("said", f"{error:.0e}" if error else "0")
 
 
