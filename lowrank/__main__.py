@@ -1,6 +1,8 @@
 """``python -m lowrank``: versions, array libraries and devices, which is what a report of a bug should begin with.
 
-Nothing is computed but one small inverse for each library and device that is found, whose residual shows that it works.
+Nothing is computed but one small inverse for each library and device that is found, by ``pinv_newton`` in float32, and
+what it leaves of I − XA, which shows that the library works there: some 1e-7 where it does. Libraries are looked for,
+never assumed; one that is installed and broken shows the error that it has.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The inverse of A + ridge·I for Hermitian A ≽ 0, by scaled Newton.
 
-Newton with the steps of ``_schedule``, after one leading eigenvector is deflated where that pays. docs/pinv.md has the
-derivations.
+Newton with the steps of ``_schedule`` (Pan & Schreiber, SIAM J. Sci. Stat. Comput. 12, 1991), after one leading
+eigenvector is deflated where that pays: for Gram matrices of nearby points λ₁ ≫ λ₂, and κ = λ₁/ridge is what steps are
+spent on. What rounding left is polished and measured at the end. docs/pinv.md has the derivations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The differentials and cotangents that ``_gradients`` attaches, as formulas of arrays.
 
-Golub & Pereyra, SIAM J. Numer. Anal. 10, 1973, for the pseudoinverse; the product rule for squared distances. All are
-products and sums, so that they differentiate again.
+Golub & Pereyra, SIAM J. Numer. Anal. 10, 1973, for the pseudoinverse; the product rule for squared distances. A
+differential maps a change of the argument to the change of the result, a cotangent is its adjoint. All are products and
+sums, so that they differentiate again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a Nyström factorisation is asked once it is made: products, solutions, determinants, features, errors, a file.
 
 Everything about F Fᵀ comes from F by an orthogonal decomposition, QR or SVD, so that the condition number of F is never
-squared. ``factor`` makes these objects.
+squared (Golub & Van Loan, "Matrix Computations", 4th ed., §6.1.4; each method names its formula). ``factor`` makes
+these objects, ``_certificate`` and ``_saved`` do what is asked of errors and files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The rules of ``_gradients`` for torch, which wants classes, where its compiler can see them.
 
-Each is an autograd.Function with forward, backward, jvp and vmap; the formulas are those of ``_gradients``.
+Each is an autograd.Function with forward, backward, jvp and vmap; the formulas are those of ``_differentials`` (Golub &
+Pereyra, SIAM J. Numer. Anal. 10, 1973). They are apart from ``_gradients`` because they need torch at import, and
+because the compiler is told at import which functions of ``_schedule`` it need not look into.
 """
 
 from __future__ import annotations
