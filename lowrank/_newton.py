@@ -1,7 +1,7 @@
 """What the iterations behind ``pinv`` are made of: steps X ← sS(R)X, the polynomials S in few products, and chunks.
 
-The steps are those that ``_schedule`` chooses, of orders 2, 3, 5 and 9; that of order 9 is evaluated in the few products
-of J. Sastre, "Efficient evaluation of matrix polynomials", Linear Algebra Appl. 539, 2018. ``_definite`` composes them
+The steps are those that ``_schedule`` chooses, of orders 2, 3, 5 and 9; that of order 9 takes the few products of
+J. Sastre, "Efficient evaluation of matrix polynomials", Linear Algebra Appl. 539, 2018. ``_definite`` composes them
 for a ridge, ``_truncated`` for everything else. docs/pinv.md has the derivations.
 """
 

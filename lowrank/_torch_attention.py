@@ -1,6 +1,6 @@
 """Softmax-free attention for torch: its way back as an autograd.Function, and Gaussian products by softmax attention.
 
-The formulas are those of ``_attend``; the kernels that take their place on a GPU are those of ``_fused_attention``. For a
+The formulas are those of ``_attend``; the kernels that take their place on a GPU are in ``_fused_attention``. For a
 Gaussian product with every key, −‖q − z‖²/2 = qᵀz − ‖z‖²/2 − ‖q‖²/2 makes of torch's softmax attention, which keeps no
 matrix either, what is wanted: a bias for each key, and one key more whose weight says what to divide by.
 """
