@@ -9,7 +9,7 @@ numbers, and moving a small core to the host and back.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import array_api_compat as compat
@@ -87,7 +87,7 @@ def is_traced(*arrays: Array) -> bool:
 
 
 @contextlib.contextmanager
-def arithmetic(x: Array):
+def arithmetic(x: Array) -> Iterator[None]:
     """Products of x are formed in its own dtype here, outside of autocast and at JAX's highest precision, and
     overflow travels as Inf or NaN to where results are judged, on NumPy as on every other library. Whether torch
     may use TF32 on a GPU is a setting of the whole process, and stays the user's."""

@@ -151,7 +151,7 @@ class _Memory:
     """Blocks to write to, the same ones again and again: fresh memory costs more than what is computed in it."""
 
     def __init__(self, like: Array, xp: Namespace) -> None:
-        self.blocks: dict[tuple, Array] = {}
+        self.blocks: dict[tuple[object, ...], Array] = {}
         self.new = functools.partial(xp.empty, dtype=like.dtype, device=device(like))
         self.matmul = xp.matmul
 
@@ -165,7 +165,9 @@ class _Memory:
         return self.matmul(a, b, out=self.take("product", (*a.shape[:-1], b.shape[-1])))
 
 
-def _block_maker(q: Array, z: Array, centre: Array, scale: float, memory: _Memory, xp: Namespace) -> Callable:
+def _block_maker(
+    q: Array, z: Array, centre: Array, scale: float, memory: _Memory, xp: Namespace
+) -> Callable[[slice], tuple[Array, Array]]:
     """rows ↦ (q − centre, C) there, until the next block is asked for, of landmarks that are centred already."""
     s2 = scale * scale
     z_t = xp.matrix_transpose(z)

@@ -134,7 +134,13 @@ class _Columns(NamedTuple):
 
 
 def certify(
-    x: Array, kernel: Callable | None, factor: Array, *, width: int, columns: int, rng: int | np.random.Generator | None
+    x: Array,
+    kernel: Callable[..., Array] | None,
+    factor: Array,
+    *,
+    width: int,
+    columns: int,
+    rng: int | np.random.Generator | None,
 ) -> Certificate:
     """The certificate of F for the points x, or for K = x without a kernel; ``width`` is the size of L."""
     xp = _checked(x, kernel, factor, columns)
@@ -175,7 +181,7 @@ def certify(
 
 def _columns(
     x: Array,
-    kernel: Callable | None,
+    kernel: Callable[..., Array] | None,
     factor: Array,
     left: Array,
     drawn: Array,
@@ -221,7 +227,7 @@ def _drawn(left: Array, columns: int, rng: np.random.Generator, xp: Namespace) -
     return xp.take(order, xp.clip(xp.searchsorted(total, points, side="right"), max=left.shape[0] - 1))
 
 
-def _diagonal(x: Array, kernel: Callable | None, rows: slice, wide: object, xp: Namespace) -> Array:
+def _diagonal(x: Array, kernel: Callable[..., Array] | None, rows: slice, wide: object, xp: Namespace) -> Array:
     if kernel is None:
         return xp.linalg.diagonal(x)[rows]
     return stop_gradient(diagonal(xp.astype(x[rows, :], wide), kernel, xp))
@@ -234,7 +240,7 @@ def _quantile(freedom: int) -> float:
     return float(stdtrit(freedom, (1 + _CONFIDENCE) / 2))
 
 
-def _checked(x: Array, kernel: Callable | None, factor: Array, columns: int) -> Namespace:
+def _checked(x: Array, kernel: Callable[..., Array] | None, factor: Array, columns: int) -> Namespace:
     xp = namespace(factor=factor, x=x)
     if isinstance(columns, bool) or not isinstance(columns, (int, np.integer)):
         raise TypeError(f"columns must be an int, not {columns!r}")

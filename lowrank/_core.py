@@ -79,7 +79,7 @@ def solve_right(lower: Array, c: Array, xp: Namespace) -> Array:
     return xp.reshape(xp.matrix_transpose(solve_triangular(lower, xp.matrix_transpose(c), xp)), shape)
 
 
-def diagonal(x: Array, kernel: Callable | None, xp: Namespace) -> Array:
+def diagonal(x: Array, kernel: Callable[..., Array] | None, xp: Namespace) -> Array:
     """The diagonal of K, shape (..., n), after checking that it can be one."""
     if kernel is None:
         along = xp.linalg.diagonal(x)
@@ -138,7 +138,7 @@ def checked_symmetric(w: Array, xp: Namespace) -> Array:
     return w
 
 
-def check_same_kernel(kernel: Callable, z: Array, lower: Array, xp: Namespace) -> None:
+def check_same_kernel(kernel: Callable[..., Array], z: Array, lower: Array, xp: Namespace) -> None:
     """Raise ``ValueError`` if k(z, z) is not L Lᵀ up to the shift and the rounding of L."""
     wide = widest_real(z, xp)
     z_wide, exact = xp.astype(z, wide), xp.astype(lower, wide)

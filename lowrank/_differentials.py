@@ -33,7 +33,9 @@ def cotangent(a: Array, x: Array, g: Array, full_rank: bool, xp: Namespace) -> A
     return -(x_h @ (g @ x_h)) + (g_h - a @ xg) @ (x @ x_h) + x_h @ (xg - xg @ e)
 
 
-def distance_differential(x, y, s, c, dx, dy, ds, xp: Namespace) -> Array:
+def distance_differential(
+    x: Array, y: Array, s: Array, c: Array, dx: Array, dy: Array, ds: Array, xp: Namespace
+) -> Array:
     u, v = (x - c) * s, (y - c) * s
     du, dv = dx * s + (x - c) * ds, dy * s + (y - c) * ds
     rows, columns = xp.sum(u * du, axis=-1)[..., :, None], xp.sum(v * dv, axis=-1)[..., None, :]

@@ -30,6 +30,9 @@ matters where large entries of w cancel in C w.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 try:
@@ -61,11 +64,11 @@ _STRETCH = 256
 _MOST_STRETCHES = 512
 
 
-def _jit(function):
+def _jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-def _kernel(function):
+def _kernel(function: Callable[..., Any]) -> Any:
     """A kernel that is compiled once for all numbers of tokens."""
     return function if triton is None else triton.jit(function, do_not_specialize=("n", "parts"))
 
@@ -301,7 +304,7 @@ def transposed_product(q: torch.Tensor, z: torch.Tensor, v: torch.Tensor) -> tor
 
 
 @transposed_product.register_fake
-def _(q, z, v):
+def _(q: torch.Tensor, z: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     _check(q, z, tokens={"v": v}, landmarks={})
     return _of_landmarks(z, v.shape[-1])
 
@@ -325,7 +328,7 @@ def product(q: torch.Tensor, z: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 @product.register_fake
-def _(q, z, w):
+def _(q: torch.Tensor, z: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     _check(q, z, tokens={}, landmarks={"w": w})
     return _of_tokens(q, w.shape[-1])
 
@@ -368,7 +371,9 @@ def cotangents(
 
 
 @cotangents.register_fake
-def _(q, z, v, g, w, s_bar):
+def _(
+    q: torch.Tensor, z: torch.Tensor, v: torch.Tensor, g: torch.Tensor, w: torch.Tensor, s_bar: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check(q, z, tokens={"v": v, "g": g}, landmarks={"w": w, "s_bar": s_bar})
     return _of_tokens(q, q.shape[-1]), _of_landmarks(z, z.shape[-1]), _of_tokens(v, v.shape[-1])
 
@@ -418,7 +423,7 @@ def _stretches(n: int, block: int) -> tuple[int, int]:
     return triton.cdiv(n, stretch), stretch
 
 
-def _blocks(q: torch.Tensor, d: int, e: int) -> tuple[dict, dict]:
+def _blocks(q: torch.Tensor, d: int, e: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the kernels that run along the tokens, and those that run across the landmarks, are compiled for."""
     widths = {"D": max(_STEP, triton.next_power_of_2(d)), "E": max(_STEP, triton.next_power_of_2(e))}
     shared = widths | {"STEP": _STEP, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32x3"}
@@ -429,7 +434,7 @@ def _blocks(q: torch.Tensor, d: int, e: int) -> tuple[dict, dict]:
     return along, across
 
 
-def _run(kernel, programs: int, blocks: dict, q: torch.Tensor, *arguments) -> None:
+def _run(kernel: Any, programs: int, blocks: dict[str, Any], q: torch.Tensor, *arguments: Any) -> None:
     if programs:
         with torch.cuda.device_of(q):
             kernel[(programs,)](q, *arguments, **blocks, num_stages=1, enable_fp_fusion=True)

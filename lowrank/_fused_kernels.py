@@ -157,7 +157,7 @@ _WARPS = {16: 1, 32: 4, 64: 8, 128: 16}
 @torch.library.custom_op(
     "lowrank::scaled_newton", mutates_args=(), schema="(Tensor a, float ridge) -> (Tensor x, Tensor figures)"
 )
-def scaled_newton(a, ridge):
+def scaled_newton(a: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(A + ridge·I)⁻¹ of the shape (..., n, n) of a, and its steps, products, bound and validity, of shape (..., 4)."""
     n, count = a.shape[-1], math.prod(a.shape[:-2])
     x, figures = _results(a, ridge)
@@ -175,5 +175,5 @@ def scaled_newton(a, ridge):
 
 
 @scaled_newton.register_fake
-def _results(a, ridge):
+def _results(a: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
     return a.new_empty(a.shape), a.new_empty((*a.shape[:-2], 4))

@@ -18,7 +18,9 @@ from lowrank._array import Array, Namespace
 from lowrank._differentials import differential, distance_differential
 
 
-def pseudoinverse(solve: Callable, p: Array, *, full_rank: bool, xp: Namespace) -> tuple:
+def pseudoinverse(
+    solve: Callable[[Array], tuple[Array, tuple[Array, ...]]], p: Array, *, full_rank: bool, xp: Namespace
+) -> tuple[Array, ...]:
     """solve(p) = (X, figures), with the derivative of the Moore–Penrose inverse attached to X.
 
     For constant rank, with X = A⁺ and a cotangent G of X,
@@ -40,16 +42,18 @@ def pseudoinverse(solve: Callable, p: Array, *, full_rank: bool, xp: Namespace) 
     return _jax_pseudoinverse(p, solve, full_rank)
 
 
-def _jax_pseudoinverse(p: Array, solve: Callable, full_rank: bool) -> tuple:
+def _jax_pseudoinverse(
+    p: Array, solve: Callable[[Array], tuple[Array, tuple[Array, ...]]], full_rank: bool
+) -> tuple[Array, ...]:
     import jax
 
     @jax.custom_jvp
-    def apply(p):
+    def apply(p: Array) -> tuple[Array, ...]:
         x, figures = solve(p)
         return x, *figures
 
     @apply.defjvp
-    def _(primals, tangents):
+    def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         (p,), (dp,) = primals, tangents
         x, *figures = apply(p)
         dx = differential(p, x, dp, full_rank, jax.numpy)
@@ -66,7 +70,9 @@ def _jax_no_tangent(figure: Array) -> Array:
     return np.zeros(figure.shape, dtype=jax.dtypes.float0)
 
 
-def squared_distances(choose: Callable, x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Array:
+def squared_distances(
+    choose: Callable[..., Callable[..., Array]], x: Array, y: Array, s: Array, c: Array, xp: Namespace
+) -> Array:
     """D = Σᵢ sᵢ²(xᵢ − yᵢ)², of shape (..., n, m), with its derivative attached.
 
     x is (..., n, d), y is (..., m, d), s is (..., 1, d) or (..., 1, 1), and c, on which D does not depend, is a
@@ -93,15 +99,17 @@ def squared_distances(choose: Callable, x: Array, y: Array, s: Array, c: Array, 
 
 
 @functools.cache
-def _jax_squared_distances() -> Callable:
+def _jax_squared_distances() -> Callable[..., Array]:
     import jax
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-    def rule(distances, x, y, s, c):
+    def rule(distances: Callable[..., Array], x: Array, y: Array, s: Array, c: Array) -> Array:
         return distances(x, y, s, c, jax.numpy)
 
     @rule.defjvp
-    def _(distances, primals, tangents):
+    def _(
+        distances: Callable[..., Array], primals: tuple[Array, ...], tangents: tuple[Array, ...]
+    ) -> tuple[Array, Array]:
         x, y, s, c = primals
         dx, dy, ds, _ = tangents
         return rule(distances, x, y, s, c), distance_differential(x, y, s, c, dx, dy, ds, jax.numpy)

@@ -375,7 +375,7 @@ class LowRank:
             shape=self.shape, dtype=dtype, matvec=product, rmatvec=product, matmat=product, rmatmat=product
         )
 
-    def save(self, path: str | os.PathLike, /) -> None:
+    def save(self, path: str | os.PathLike[str], /) -> None:
         """Write everything but the kernel, which is a function, to a safetensors file.
 
         Parameters
@@ -397,7 +397,7 @@ class LowRank:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, /, *, kernel: Callable[..., Array] | None, like: Array | None = None
+        cls, path: str | os.PathLike[str], /, *, kernel: Callable[..., Array] | None, like: Array | None = None
     ) -> LowRank:
         """A factorisation that :meth:`save` wrote.
 

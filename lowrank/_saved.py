@@ -20,7 +20,7 @@ import numpy as np
 _KEY, _DIGEST = "lowrank", "sha256"
 
 
-def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> None:
+def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> None:
     """Write the arrays; at any moment ``path`` is the old file, if there was one, or the whole new one."""
     from safetensors.numpy import save
 
@@ -41,7 +41,7 @@ def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], description
         raise
 
 
-def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays and their description.
 
     Raises ``FileNotFoundError`` if there is no file, ``ValueError`` if it is not one of ours or not whole.
@@ -67,5 +67,5 @@ def _digest(arrays: Mapping[str, np.ndarray], described: str) -> str:
     digest = hashlib.sha256(described.encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(arrays[name])
+        digest.update(arrays[name].data)
     return digest.hexdigest()

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,16 +25,18 @@ _FLOOR = 0.03
 _LARGEST, _SMALLEST = 1e100, 1e-15
 
 
+_Result = TypeVar("_Result")
+
 # Functions of numbers alone, whose results torch's compiler is to take as they are (see _torch_rules).
-constants: list[Callable] = []
+constants: list[Callable[..., Any]] = []
 
 
-def remembered(function: Callable) -> Callable:
+def remembered(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Compute once per argument. (Not functools.cache, which torch's compiler looks behind.)"""
-    known: dict = {}
+    known: dict[tuple[Any, ...], _Result] = {}
 
     @functools.wraps(function)
-    def recalled(*arguments: Any) -> Any:
+    def recalled(*arguments: Any) -> _Result:
         found = known.get(arguments)
         if found is None:
             if len(known) >= 4096:

@@ -7,12 +7,15 @@ matrix either, what is wanted: a bias for each key, and one key more whose weigh
 
 from __future__ import annotations
 
+from typing import Any
+
 import array_api_compat.torch as xp
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lowrank import _attend, _fused_attention
-from lowrank._array import arithmetic, is_traced
+from lowrank._array import Namespace, arithmetic, is_traced
 
 
 class Attention(torch.autograd.Function):
@@ -20,7 +23,9 @@ class Attention(torch.autograd.Function):
     blocks of ``_attend``."""
 
     @staticmethod
-    def forward(ctx, q, z, v, core, system, centre, scale):
+    def forward(
+        ctx: Any, q: Tensor, z: Tensor, v: Tensor, core: Tensor, system: Tensor | None, centre: Tensor, scale: float
+    ) -> Tensor:
         ctx.way = _ByKernels if _fused_attention.applies(q, z, v) else _attend
         out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp)
         ctx.save_for_backward(q, z, v, core, system, centre, sums, weights)
@@ -28,7 +33,7 @@ class Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, z, v, core, system, centre, sums, weights = ctx.saved_tensors
         with arithmetic(q):
             if torch.is_grad_enabled() or is_traced(g):
@@ -39,7 +44,7 @@ class Attention(torch.autograd.Function):
         return q_bar, z_bar, v_bar, *((inner, None) if system is None else (None, inner)), None, None
 
     @staticmethod
-    def differentiable_backward(ctx, g):
+    def differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """By the formula, to be differentiated again or for many cotangents at once."""
         q, z, v, core, system, centre, *_ = ctx.saved_tensors
         inputs = q, z, v, core, system
@@ -54,14 +59,35 @@ class _ByKernels:
     """``forward`` and ``backward`` of ``_attend`` by kernels that never store a block of C."""
 
     @staticmethod
-    def forward(q, z, v, core, system, centre, scale, xp):
+    def forward(
+        q: Tensor,
+        z: Tensor,
+        v: Tensor,
+        core: Tensor,
+        system: Tensor | None,
+        centre: Tensor,
+        scale: float,
+        xp: Namespace,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x, y = (q - centre) * scale, (z - centre) * scale
         sums = _fused_attention.transposed_product(x, y, v)
         weights = _attend.applied(core, system, sums)
         return _fused_attention.product(x, y, weights), sums, weights
 
     @staticmethod
-    def backward(q, z, v, core, system, centre, scale, sums, weights, g, xp):
+    def backward(
+        q: Tensor,
+        z: Tensor,
+        v: Tensor,
+        core: Tensor,
+        system: Tensor | None,
+        centre: Tensor,
+        scale: float,
+        sums: Tensor,
+        weights: Tensor,
+        g: Tensor,
+        xp: Namespace,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, y = (q - centre) * scale, (z - centre) * scale
         w_bar = _fused_attention.transposed_product(x, y, g)
         sigma_bar = _attend.applied(core.mT if system is None else core, system, w_bar)
@@ -69,7 +95,7 @@ class _ByKernels:
         return scale * x_bar, scale * y_bar, v_bar, _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
 
 
-def gaussian_product(x, y, v):
+def gaussian_product(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     """exp(−‖x − y‖²/2) v by torch's softmax attention, which stores no block, with one key more.
 
     Softmax over xᵀy − ‖y‖²/2 and, for that key, ‖x‖²/2 gives the key the weight 1/(1 + Σ exp(−‖x − y‖²/2)) and each y
@@ -86,7 +112,7 @@ def gaussian_product(x, y, v):
     return out[..., :e] / out[..., e : e + 1].clamp(min=0.5 / (1 + y.shape[-2]))
 
 
-def _with_unit_row(t, at, width):
+def _with_unit_row(t: Tensor, at: int, width: int) -> Tensor:
     """t with columns of zeros up to ``width`` and one more row, 1 in column ``at`` and 0 elsewhere."""
     row = (torch.arange(width, device=t.device) == at).to(t).expand(*t.shape[:-2], 1, width)
     return torch.cat([F.pad(t, (0, width - t.shape[-1])), row], -2)

@@ -210,7 +210,7 @@ def _finish_full_rank(growth: _Growth, a: Array, solved: _Solved, xp: Namespace)
     for k, step in enumerate(chosen.steps):
         x = apply(step, x, x @ a if k else e, xp)
 
-    def body(state: tuple) -> tuple:
+    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, passes, residual, running = state
         r = -accurate_product(x, a, xp, minus=1.0)
         found = frobenius(r, xp)
@@ -226,7 +226,9 @@ def _finish_full_rank(growth: _Growth, a: Array, solved: _Solved, xp: Namespace)
     return _choose(_Solved(x, steps, products, bound, full & (residual <= 0.1)), solved, xp)
 
 
-def _repeat(body: Callable[[tuple], tuple], state: tuple, most: int, a: Array, xp: Namespace) -> tuple:
+def _repeat(
+    body: Callable[[tuple[Array, ...]], tuple[Array, ...]], state: tuple[Array, ...], most: int, a: Array, xp: Namespace
+) -> tuple[Array, ...]:
     """state ← body(state), ``most`` times, or until its last entry is False everywhere where values can be seen."""
     for _ in range(most):
         state = body(state)
@@ -344,7 +346,7 @@ def _polished(pure: _Purified, a: Array, running: Array, steps: int, xp: Namespa
     """
     eps = float(xp.finfo(a.dtype).eps)
 
-    def body(state: tuple) -> tuple:
+    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, e, ends, undecided, left, passes, running = state
         fresh = accurate_product(x, a, xp)
         square = fresh @ fresh

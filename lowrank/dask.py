@@ -460,7 +460,7 @@ def _features(x: Array, core: _Core, xp: Namespace, dtype: Any) -> Array:
     return solve_right(from_host(core.cholesky, x, xp, dtype=dtype), xp.astype(c, dtype, copy=False), xp)
 
 
-def _diagonal(x: Array, kernel: Callable, xp: Namespace) -> Array:
+def _diagonal(x: Array, kernel: Callable[..., Array], xp: Namespace) -> Array:
     """k(x_i, x_i) for every row, in float64 where the library has it."""
     each = x[:, None, :]
     diagonal = xp.astype(checked_block(kernel(each, each), each, each)[:, 0, 0], widest_real(x, xp))
@@ -487,7 +487,7 @@ def _predicted_rows(x: Array, core: _Core, *, start: int, name: str, coefficient
         return xp.astype(parts[0] if len(parts) == 1 else xp.concat(parts, axis=0), x.dtype, copy=False)
 
 
-def _unexplained(x: Array, factor: Array, *, kernel: Callable) -> Array:
+def _unexplained(x: Array, factor: Array, *, kernel: Callable[..., Array]) -> Array:
     """The diagonal of K − F Fᵀ for the rows of a chunk; its sum is that of lowrank.factor."""
     xp = namespace(x=x, factor=factor)
     diagonal = _diagonal(x, kernel, xp)
@@ -541,7 +541,7 @@ class _Summary(NamedTuple):
     bad: float
 
 
-def _residual(x: Array, start: int, blocks: Sequence[_Block], kernel: Callable, fresh: int) -> _Residual:
+def _residual(x: Array, start: int, blocks: Sequence[_Block], kernel: Callable[..., Array], fresh: int) -> _Residual:
     """The diagonal of K − F Fᵀ for the rows of a chunk, and zero where it is rounding.
 
     L is not shifted here: no pivot's square is below the same floor, 30 eps of its diagonal entry, so that the errors
@@ -567,7 +567,7 @@ def _residual(x: Array, start: int, blocks: Sequence[_Block], kernel: Callable, 
         return _Residual(left, columns, bad)
 
 
-def _joined(blocks: Sequence[_Block], x: Array, kernel: Callable) -> _Core:
+def _joined(blocks: Sequence[_Block], x: Array, kernel: Callable[..., Array]) -> _Core:
     """The core of all rounds, from what each of them added."""
     sizes = [len(block.landmarks) for block in blocks]
     lower = np.zeros((sum(sizes), sum(sizes)))
@@ -616,7 +616,9 @@ def _row_blocks(x: Array, core: _Core) -> Iterator[slice]:
 # What the client does with what is small
 
 
-def _core(x: da.Array, kernel: Callable, landmarks: Any, rank: int | None, rng: Any) -> tuple[_Core, np.ndarray | None]:
+def _core(
+    x: da.Array, kernel: Callable[..., Array], landmarks: Any, rank: int | None, rng: Any
+) -> tuple[_Core, np.ndarray | None]:
     """The landmarks and the Cholesky factor of their kernel, as lowrank.factor has them."""
     if kernel is None:
         raise ValueError("kernel is None, and a Dask array holds points here, not the matrix K; name their kernel")
@@ -630,7 +632,7 @@ def _core(x: da.Array, kernel: Callable, landmarks: Any, rank: int | None, rng: 
 
 
 def _resolved(
-    landmarks: Any, x: da.Array, kernel: Callable, rank: int | None, rng: Any
+    landmarks: Any, x: da.Array, kernel: Callable[..., Array], rank: int | None, rng: Any
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Landmark points and, if they are rows of x, their indices."""
     if isinstance(landmarks, str) and landmarks not in _NAMED:
@@ -643,7 +645,7 @@ def _resolved(
     if isinstance(landmarks, str) and landmarks == "uniform":
         landmarks = generator(rng).choice(x.shape[0], size=rank, replace=False)
     elif chosen:
-        choose: Callable = rpcholesky if isinstance(landmarks, str) else landmarks
+        choose: Callable[..., Array] = rpcholesky if isinstance(landmarks, str) else landmarks
         landmarks = choose(x, rank=rank, kernel=kernel, rng=rng)
     if isinstance(landmarks, (list, tuple)):
         landmarks = np.asarray(landmarks)
@@ -682,7 +684,12 @@ def _rows(x: da.Array, indices: np.ndarray) -> np.ndarray:
 
 
 def _proposals(
-    left: Sequence[Any], chunks: list, starts: np.ndarray, totals: np.ndarray, count: int, random: np.random.Generator
+    left: Sequence[Any],
+    chunks: list[tuple[int, Any]],
+    starts: np.ndarray,
+    totals: np.ndarray,
+    count: int,
+    random: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows drawn in proportion to what is left of the diagonal, these points, and what was left of them."""
     running = np.cumsum(totals)
@@ -755,7 +762,7 @@ def _ridge_solution(gram: np.ndarray, moments: np.ndarray, ridge: float) -> np.n
 
 
 def _by_rows(
-    function: Callable, x: Array, core: _Core, /, *, name: str, columns: int | None, **arguments: Any
+    function: Callable[..., Array], x: Array, core: _Core, /, *, name: str, columns: int | None, **arguments: Any
 ) -> Array:
     """function(rows, core, start=…) lazily for every chunk of a Dask array, at once for another array."""
     if isinstance(x, da.Array):
@@ -770,7 +777,7 @@ def _by_rows(
 
 
 def _located(
-    x: Array, *, function: Callable, core: _Core, called: str, block_info: Any = None, **arguments: Any
+    x: Array, *, function: Callable[..., Array], core: _Core, called: str, block_info: Any = None, **arguments: Any
 ) -> Array:
     return function(x, core, start=block_info[0]["array-location"][0][0], name=called, **arguments)
 
@@ -781,12 +788,12 @@ def _chunks(x: da.Array) -> Iterator[tuple[int, Any]]:
     return zip(starts, _blocks(x), strict=True)
 
 
-def _blocks(x: da.Array) -> list:
+def _blocks(x: da.Array) -> list[Any]:
     """The delayed chunks. Their graph is not optimised, so that what two arrays have in common is computed once."""
     return x.to_delayed(optimize_graph=False).ravel().tolist()
 
 
-def _tree(parts: list) -> Any:
+def _tree(parts: list[Any]) -> Any:
     while len(parts) > 1:
         parts = [dask.delayed(_added)(parts[i : i + _FAN_IN]) for i in range(0, len(parts), _FAN_IN)]
     return parts[0]

@@ -136,7 +136,7 @@ def nystrom(
     return LowRank(factor, z, pivots, error, cholesky=lower, kernel=kernel)
 
 
-def _checked_points(x: Array, kernel: Callable | None) -> Namespace:
+def _checked_points(x: Array, kernel: Callable[..., Array] | None) -> Namespace:
     xp = namespace(x=x)
     if is_half(x) or xp.isdtype(x.dtype, "complex floating"):
         raise TypeError(f"x has dtype {x.dtype} (shape {tuple(x.shape)}); convert it to float32 or float64")
@@ -154,7 +154,7 @@ def _checked_points(x: Array, kernel: Callable | None) -> Namespace:
 def _resolved(
     landmarks: Any,
     x: Array,
-    kernel: Callable | None,
+    kernel: Callable[..., Array] | None,
     rank: int | None,
     rtol: float | None,
     rng: Any,
@@ -212,7 +212,7 @@ def _checked_rtol(rtol: float | None, landmarks: Any) -> dict[str, float]:
     return {"rtol": float(rtol)}
 
 
-def _without_derivatives(kernel: Callable | None, x: Array) -> Callable | None:
+def _without_derivatives(kernel: Callable[..., Array] | None, x: Array) -> Callable[..., Array] | None:
     """The kernel for choosing landmarks, which is no differentiable step, whatever its parameters carry."""
     if kernel is None or not has_derivative(x):
         return kernel
@@ -239,7 +239,7 @@ def _checked_indices(landmarks: Array, x: Array, xp: Namespace) -> Array:
     return _landmarks._index_array(indices, x, xp)
 
 
-def _checked_landmark_points(z: Array, x: Array, kernel: Callable | None, xp: Namespace) -> Array:
+def _checked_landmark_points(z: Array, x: Array, kernel: Callable[..., Array] | None, xp: Namespace) -> Array:
     if kernel is None:
         raise ValueError(
             f"landmarks are points (shape {tuple(z.shape)}), and with kernel=None x is the matrix K itself; "

@@ -352,7 +352,9 @@ def _pairs(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return first, other + (other >= first)
 
 
-def _blockwise(choose: Callable, x: Array, y: Array, v: Array, s: Array, c: Array, xp: Namespace) -> Array:
+def _blockwise(
+    choose: Callable[..., Callable[..., Array]], x: Array, y: Array, v: Array, s: Array, c: Array, xp: Namespace
+) -> Array:
     """Σ over blocks of y of k(x, y) v, for one block of x after the other."""
     n, m = x.shape[-2], y.shape[-2]
     batch = broadcast_shapes(tuple(x.shape[:-2]), tuple(y.shape[:-2]))
@@ -377,7 +379,13 @@ def _slices(n: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
-def _radial(profile: Callable, x: Array, y: Array, lengthscale: float | Array, choose: Callable | None = None) -> Array:
+def _radial(
+    profile: Callable[[Array, Namespace], Array],
+    x: Array,
+    y: Array,
+    lengthscale: float | Array,
+    choose: Callable[..., Callable[..., Array]] | None = None,
+) -> Array:
     """profile(‖(x − y)/ℓ‖²) for checked arguments, in at least single precision, as an array of the dtype of x."""
     xp = _checked_points(x, y)
     ell = _checked_lengthscale(lengthscale, x, xp)
@@ -418,7 +426,9 @@ def _at_zero(d2: Array, xp: Namespace) -> Array:
     return xp.where(d2 == 0, d2, xp.zeros_like(d2))
 
 
-def _differentiable(choose: Callable, x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Array:
+def _differentiable(
+    choose: Callable[..., Callable[..., Array]], x: Array, y: Array, s: Array, c: Array, xp: Namespace
+) -> Array:
     """Σᵢ sᵢ²(xᵢ − yᵢ)² in the way that choose(x, y, s, c, xp) names, with its derivative where the library has one."""
     if not has_derivative(x):
         return choose(x, y, s, c, xp)(x, y, s, c, xp)
@@ -432,7 +442,7 @@ def _expanded_squared_distances(x: Array, y: Array, xp: Namespace) -> Array:
     return _differentiable(_always_expansion, x, y, _reciprocal(1.0, x, xp), _centre(y, xp), xp)
 
 
-def _by_spread(x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Callable:
+def _by_spread(x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Callable[..., Array]:
     """The way that the points call for: sums, expansion, or for each batch element its own."""
     if is_traced(x, y, s) or x.shape[-2] == 0 or y.shape[-2] == 0:
         return _sums
@@ -442,11 +452,11 @@ def _by_spread(x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Callabl
     return _either if bool(xp.any(spread)) else _expansion
 
 
-def _always_sums(*_: Array) -> Callable:
+def _always_sums(*_: Array) -> Callable[..., Array]:
     return _sums
 
 
-def _always_expansion(*_: Array) -> Callable:
+def _always_expansion(*_: Array) -> Callable[..., Array]:
     return _expansion
 
 

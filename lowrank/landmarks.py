@@ -39,7 +39,7 @@ _NOTHING = 32.0
 
 
 def uniform(
-    x: Array, /, *, rank: int, kernel: Callable | None = None, rng: int | np.random.Generator | None = None
+    x: Array, /, *, rank: int, kernel: Callable[..., Array] | None = None, rng: int | np.random.Generator | None = None
 ) -> Array:
     """Distinct rows of x, every set of them as likely as any other.
 
@@ -70,7 +70,7 @@ def uniform(
 
 
 def segment_means(
-    x: Array, /, *, rank: int, kernel: Callable | None, rng: int | np.random.Generator | None = None
+    x: Array, /, *, rank: int, kernel: Callable[..., Array] | None, rng: int | np.random.Generator | None = None
 ) -> Array:
     """Means of consecutive rows of x, cut into ``rank`` segments whose lengths differ by one at most.
 
@@ -119,7 +119,7 @@ def rpcholesky(
     /,
     *,
     rank: int,
-    kernel: Callable | None,
+    kernel: Callable[..., Array] | None,
     rng: int | np.random.Generator | None = None,
     rtol: float = 0.0,
 ) -> Array:
@@ -204,7 +204,7 @@ def rpcholesky(
     return _index_array(pivots if pivots.size else np.zeros(1, dtype=np.int64), x, xp)
 
 
-def _diagonal(x: Array, kernel: Callable | None, xp: Namespace) -> Array:
+def _diagonal(x: Array, kernel: Callable[..., Array] | None, xp: Namespace) -> Array:
     """The diagonal of K, in float64 where there is float64."""
     if kernel is None:
         diagonal = xp.linalg.diagonal(x)
@@ -233,7 +233,7 @@ def _drawn(left: Array, block: int, rng: np.random.Generator, xp: Namespace) -> 
 
 
 def _residual_among(
-    points: Array, index: Array, kernel: Callable | None, known: list[Array], xp: Namespace
+    points: Array, index: Array, kernel: Callable[..., Array] | None, known: list[Array], xp: Namespace
 ) -> np.ndarray:
     """The block of K − FFᵀ between candidates, of which ``known`` has the rows of F, in float64 on the host."""
     if kernel is None:
@@ -276,7 +276,7 @@ def _new_columns(
     x: Array,
     chosen: np.ndarray,
     lower: np.ndarray,
-    kernel: Callable | None,
+    kernel: Callable[..., Array] | None,
     factor: list[Array],
     known: list[np.ndarray],
     xp: Namespace,

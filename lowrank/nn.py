@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -302,7 +303,7 @@ class SoftmaxFreeAttention(nn.Module):
             raise ValueError(f"x must have shape (B, N, {self.dim}), not {tuple(x.shape)}")
         if size is None and self.spatial_dims == 1:
             size = x.shape[1]
-        lengths: tuple = tuple(size) if isinstance(size, (tuple, list)) else (size,)
+        lengths: tuple[Any, ...] = tuple(size) if isinstance(size, (tuple, list)) else (size,)
         if len(lengths) != self.spatial_dims or any(isinstance(k, float) for k in lengths):
             wanted = "N or (N,) of a sequence" if self.spatial_dims == 1 else "(H, W) of an image of N = H·W tokens"
             raise ValueError(f"size must be {wanted}, not {size}; x has shape {tuple(x.shape)}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -217,7 +218,15 @@ def pinv_newton(
     return x if info is None else (x, info)
 
 
-def _check_options(a, rtol, hermitian, ridge, alpha, steps, method) -> None:
+def _check_options(
+    a: Array,
+    rtol: float | None,
+    hermitian: bool,
+    ridge: float,
+    alpha: float | Array | None,
+    steps: int | None,
+    method: str,
+) -> None:
     shape = tuple(a.shape)
     if a.ndim < 2:
         raise ValueError(f"a must have shape (..., m, n), not {shape}")
@@ -252,7 +261,7 @@ def _check_options(a, rtol, hermitian, ridge, alpha, steps, method) -> None:
             raise ValueError(f"alpha has shape {alpha_shape}, which does not broadcast to the batch {shape[:-2]} of a")
 
 
-def _check_schedule(ridge, upper, tol, steps, method) -> None:
+def _check_schedule(ridge: float, upper: float | None, tol: float | None, steps: int | None, method: str) -> None:
     for name, value, most in (("upper", upper, math.inf), ("tol", tol, 1.0)):
         if value is None:
             continue
@@ -284,7 +293,9 @@ def _checked_hermitian(a: Array, given_dtype: Any, xp: Namespace) -> tuple[Array
     return gap <= tolerance * xp.max(xp.abs(a), axis=(-2, -1)), hermitian_part(a, xp)
 
 
-def _differentiable(solve, p: Array, *, full_rank: bool, xp: Namespace) -> tuple[Array, Work]:
+def _differentiable(
+    solve: Callable[[Array], tuple[Array, Work]], p: Array, *, full_rank: bool, xp: Namespace
+) -> tuple[Array, Work]:
     """solve(p), with the closed-form derivative attached where the library differentiates."""
     if not has_derivative(p):
         return solve(p)

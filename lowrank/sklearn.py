@@ -18,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from array_api_compat import array_namespace, is_array_api_obj
@@ -59,7 +59,7 @@ _DIAGONAL_ROWS = 64
 class _KernelFeatures(BaseEstimator):
     """Parameters, landmarks and features: what the transformer and the regressor have in common."""
 
-    _parameter_constraints: ClassVar[dict] = {
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
         "kernel": [StrOptions({*PAIRWISE_KERNEL_FUNCTIONS, "precomputed"}), callable],
         "gamma": [Interval(Real, 0, None, closed="left"), None],
         "coef0": [Interval(Real, None, None, closed="neither"), None],
@@ -74,18 +74,18 @@ class _KernelFeatures(BaseEstimator):
 
     def __init__(
         self,
-        kernel="rbf",
+        kernel: str | Callable[..., Any] = "rbf",
         *,
-        gamma=None,
-        coef0=None,
-        degree=None,
-        kernel_params=None,
-        n_components=100,
-        random_state=None,
-        n_jobs=None,
-        landmarks="uniform",
-        rtol=None,
-    ):
+        gamma: float | None = None,
+        coef0: float | None = None,
+        degree: float | None = None,
+        kernel_params: dict[str, Any] | None = None,
+        n_components: int = 100,
+        random_state: int | np.random.RandomState | None = None,
+        n_jobs: int | None = None,
+        landmarks: str | Callable[..., Any] | Array = "uniform",
+        rtol: float | None = None,
+    ) -> None:
         self.kernel = kernel
         self.gamma = gamma
         self.coef0 = coef0
@@ -97,7 +97,7 @@ class _KernelFeatures(BaseEstimator):
         self.landmarks = landmarks
         self.rtol = rtol
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.array_api_support = True
         tags.input_tags.sparse = not (isinstance(self.landmarks, str) and self.landmarks == "segment_means")
@@ -368,7 +368,7 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelFeature
     """
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None):
+    def fit(self, X: Any, y: Any = None) -> Self:
         """Choose the landmarks and factor their kernel matrix, in n_components² kernel values.
 
         Parameters
@@ -387,7 +387,7 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelFeature
         self._n_features_out = self.normalization_.shape[0]
         return self
 
-    def transform(self, X):
+    def transform(self, X: Any) -> Array:
         """The features of new data.
 
         Parameters
@@ -405,7 +405,7 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelFeature
         xp, dtype = namespace(normalization=self.normalization_), self.normalization_.dtype
         return xp.concat([xp.astype(features, dtype) for _, features in self._chunks(X)])
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
@@ -472,7 +472,7 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, _KernelFeatures):
     array([0., 1.])
     """
 
-    _parameter_constraints: ClassVar[dict] = {
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
         **_KernelFeatures._parameter_constraints,
         "alpha": [Interval(Real, 0, None, closed="left")],
     }
@@ -481,19 +481,19 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, _KernelFeatures):
 
     def __init__(
         self,
-        alpha=1.0,
+        alpha: float = 1.0,
         *,
-        kernel="rbf",
-        gamma=None,
-        coef0=None,
-        degree=None,
-        kernel_params=None,
-        n_components=100,
-        random_state=None,
-        n_jobs=None,
-        landmarks="uniform",
-        rtol=None,
-    ):
+        kernel: str | Callable[..., Any] = "rbf",
+        gamma: float | None = None,
+        coef0: float | None = None,
+        degree: float | None = None,
+        kernel_params: dict[str, Any] | None = None,
+        n_components: int = 100,
+        random_state: int | np.random.RandomState | None = None,
+        n_jobs: int | None = None,
+        landmarks: str | Callable[..., Any] | Array = "uniform",
+        rtol: float | None = None,
+    ) -> None:
         super().__init__(
             kernel,
             gamma=gamma,
@@ -509,7 +509,7 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, _KernelFeatures):
         self.alpha = alpha
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y, sample_weight=None):
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Fit to all data at once.
 
         Parameters
@@ -527,7 +527,7 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, _KernelFeatures):
         return self._fit_chunk(X, y, sample_weight, first=True)
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def partial_fit(self, X, y, sample_weight=None):
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Add a chunk of data; the landmarks are chosen from the first, unless they are given as points.
 
         After chunks X₁, X₂, … the model is that of ``fit`` on all of them with these landmarks, up to rounding.
@@ -544,7 +544,7 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, _KernelFeatures):
         """
         return self._fit_chunk(X, y, sample_weight, first=not hasattr(self, "coef_"))
 
-    def predict(self, X, return_std=False):
+    def predict(self, X: Any, return_std: bool = False) -> Array | tuple[Array, Array]:
         """The regression function at new points, and how uncertain it is.
 
         Parameters
@@ -581,7 +581,7 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, _KernelFeatures):
         std = xp.astype(xp.sqrt(xp.clip(xp.concat(variances), min=0.0)), mean.dtype)
         return mean, (std if mean.ndim == 1 else xp.broadcast_to(std[:, None], mean.shape))
 
-    def _fit_chunk(self, X: Any, y: Any, sample_weight: Any, *, first: bool) -> NystroemRidge:
+    def _fit_chunk(self, X: Any, y: Any, sample_weight: Any, *, first: bool) -> Self:
         X, y = validate_data(self, X, y, accept_sparse="csr", multi_output=True, y_numeric=True, reset=first)
         targets = tuple(y.shape[1:])
         if not first and targets != self._targets:
