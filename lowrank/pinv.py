@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -89,6 +89,18 @@ class PinvInfo(NamedTuple):
     finite: Array
 
 
+@overload
+def pinv_newton(
+    a: Array, /, *, rtol: float | None = ..., hermitian: bool = ..., ridge: float = ..., upper: float | None = ...,
+    tol: float | None = ..., alpha: float | Array | None = ..., steps: int | None = ..., method: str = ...,
+    return_info: Literal[False] = ...,
+) -> Array: ...  # fmt: skip
+@overload
+def pinv_newton(
+    a: Array, /, *, rtol: float | None = ..., hermitian: bool = ..., ridge: float = ..., upper: float | None = ...,
+    tol: float | None = ..., alpha: float | Array | None = ..., steps: int | None = ..., method: str = ...,
+    return_info: Literal[True],
+) -> tuple[Array, PinvInfo]: ...  # fmt: skip
 def pinv_newton(
     a: Array,
     /,

@@ -18,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, overload
 
 import numpy as np
 from array_api_compat import array_namespace, is_array_api_obj
@@ -544,6 +544,10 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, _KernelFeatures):
         """
         return self._fit_chunk(X, y, sample_weight, first=not hasattr(self, "coef_"))
 
+    @overload
+    def predict(self, X: Any, return_std: Literal[False] = False) -> Array: ...
+    @overload
+    def predict(self, X: Any, return_std: Literal[True]) -> tuple[Array, Array]: ...
     def predict(self, X: Any, return_std: bool = False) -> Array | tuple[Array, Array]:
         """The regression function at new points, and how uncertain it is.
 
