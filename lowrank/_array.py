@@ -9,6 +9,8 @@ numbers, and moving a small core to the host and back.
 from __future__ import annotations
 
 import contextlib
+import math
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,12 +24,16 @@ Namespace = Any
 def namespace(**arrays: Array) -> Namespace:
     """The array API namespace shared by the named arrays, after checking that they can work together.
 
-    Raises ``TypeError`` for anything that is not an array, for two libraries, two dtypes or a dtype that
-    is not floating; ``ValueError`` for two devices. The messages name the argument.
+    Raises ``TypeError`` for anything that is not a dense array of values, for two libraries, two dtypes or a dtype
+    that is not floating; ``ValueError`` for two devices. The messages name the argument.
     """
     for name, x in arrays.items():
-        if not compat.is_array_api_obj(x) or isinstance(x, (np.matrix, np.ma.MaskedArray)):
+        if not compat.is_array_api_obj(x) or isinstance(x, (type, np.matrix, np.ma.MaskedArray)):
             raise TypeError(f"{name} must be an array, not {type(x).__name__}; convert it first, e.g. numpy.asarray")
+        if compat.is_dask_array(x):
+            raise TypeError(f"{name} is a Dask array (shape {x.shape}); compute it first, or use lowrank.dask")
+        if compat.is_torch_array(x) and str(x.layout) != "torch.strided":
+            raise TypeError(f"{name} is a sparse tensor, {x.layout} (shape {tuple(x.shape)}); make it dense first")
     (first, x0), *others = arrays.items()
     xp = compat.array_namespace(x0)
     if x0.dtype not in (xp.float32, xp.float64, xp.complex64, xp.complex128) and not is_half(x0):
@@ -51,7 +57,51 @@ def namespace(**arrays: Array) -> Namespace:
                 f"{first} (shape {tuple(x0.shape)}) is on device {compat.device(x0)} and {name} "
                 f"(shape {tuple(x.shape)}) on {compat.device(x)}; move one of them"
             )
+    if compat.is_torch_array(x0) and x0.is_meta:
+        raise TypeError(f"{first} (shape {tuple(x0.shape)}) is on the device meta, where tensors hold no values")
     return xp
+
+
+def block_namespace(block: Any, x: Array, z: Array) -> Namespace:
+    """The namespace of what a kernel returned for the points x and z, after checking that it is one number a pair."""
+    xp = namespace(**{"what the kernel got": x, "what the kernel returned": block})
+    wanted = (*broadcast_shapes(tuple(x.shape[:-2]), tuple(z.shape[:-2])), x.shape[-2], z.shape[-2])
+    if tuple(block.shape) != wanted:
+        raise ValueError(
+            f"the kernel returned a block of shape {tuple(block.shape)} for points of shapes {tuple(x.shape)} and "
+            f"{tuple(z.shape)}; it should be {wanted}"
+        )
+    return xp
+
+
+def number(value: Any) -> float:
+    """A real number as a float, infinite if it is too large for one; NaN, which is in no range, for all else."""
+    if not isinstance(value, numbers.Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
+
+
+def is_integer(value: Any) -> bool:
+    """Whether value is an integer, of Python or NumPy, and no bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ``TypeError`` for what is neither True nor False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, not {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value as a message names it, on one line and not too long: an array by its shape, all else by its repr."""
+    shape = getattr(value, "shape", ())
+    if isinstance(shape, tuple) and shape:
+        return f"an array of shape {tuple(shape)} and type {type(value).__name__}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def device(x: Array) -> Any:
@@ -178,6 +228,8 @@ def generator(rng: int | np.random.Generator | None) -> np.random.Generator:
     """The host's generator; every backend draws the same numbers from one seed."""
     if rng is not None and not isinstance(rng, (int, np.integer, np.random.Generator)):
         raise TypeError(f"rng must be None, an int or a numpy.random.Generator, not {type(rng).__name__}")
+    if isinstance(rng, (int, np.integer)) and rng < 0:
+        raise ValueError(f"rng must not be negative where it is an int, not {shown(rng)}")
     return np.random.default_rng(rng)
 
 

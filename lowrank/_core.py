@@ -17,11 +17,11 @@ from lowrank._array import (
     Array,
     Namespace,
     arithmetic,
+    block_namespace,
     broadcast_shapes,
     cholesky,
     device,
     is_traced,
-    namespace,
     solve_triangular,
     stop_gradient,
     to_host,
@@ -105,13 +105,7 @@ def trace_error(along: Array, factor: Array, xp: Namespace) -> Array:
 
 def checked_block(block: Array, x: Array, z: Array) -> Array:
     """k(x, z), after checking that it is a block of finite values, one for each pair."""
-    xp = namespace(x=x, block=block)
-    batch = broadcast_shapes(tuple(x.shape[:-2]), tuple(z.shape[:-2]))
-    if tuple(block.shape) != (*batch, x.shape[-2], z.shape[-2]):
-        raise ValueError(
-            f"the kernel returned a block of shape {tuple(block.shape)} for points of shapes {tuple(x.shape)} and "
-            f"{tuple(z.shape)}; it should be {(*batch, x.shape[-2], z.shape[-2])}"
-        )
+    xp = block_namespace(block, x, z)
     if not is_traced(block) and not bool(xp.all(xp.isfinite(block))):
         raise ValueError(
             f"the kernel returned NaN or infinite values for finite points of shapes {tuple(x.shape)} and "

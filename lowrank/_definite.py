@@ -38,7 +38,7 @@ from lowrank._newton import (
     polynomial,
     unit,
 )
-from lowrank._schedule import Plan, Step, advance, chebyshev_step, plan, remembered
+from lowrank._schedule import _LARGEST, _SMALLEST, Plan, Step, advance, chebyshev_step, plan, remembered
 
 # The conditions that schedules are made for; a chunk takes the next one above its own.
 _CLASS = 2**0.25
@@ -96,7 +96,9 @@ def _approximation(a: Array, *, ridge: float, upper: Any, tol: float, xp: Namesp
     Not made Hermitian: rounding leaves errors of κ·eps in XP, but of κ²·eps in PX.
     """
     p = add_to_diagonal(xp.asarray(a, copy=True), ridge, xp)
-    chosen = definite_plan(_CLASS ** math.ceil(math.log(1 + upper / ridge, _CLASS)), tol)
+    # What is beyond these numbers is beyond any arithmetic, and has no logarithm.
+    condition, tol = min(1 + upper / ridge, _LARGEST), max(tol, _SMALLEST)
+    chosen = definite_plan(_CLASS ** math.ceil(math.log(condition, _CLASS)), tol)
     first, *others = chosen.steps
     c = first.scale / (upper + ridge)
     x = first_polynomial(first, c, p, p @ p, xp)

@@ -22,17 +22,21 @@ from lowrank._array import (
     Array,
     Namespace,
     arithmetic,
+    broadcast_shapes,
     device,
     from_host,
+    is_integer,
     is_traced,
     namespace,
+    number,
+    shown,
     stop_gradient,
     to_host,
     widest_real,
 )
 from lowrank._certificate import Certificate, certify
 from lowrank._core import check_same_kernel, checked_block, checked_finite, solve_right
-from lowrank.landmarks import _index_array
+from lowrank.landmarks import _checked_kernel, _index_array
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -111,7 +115,15 @@ class LowRank:
         return f"{errors.min():.3g} to {errors.max():.3g} ({share.min():.3g} to {share.max():.3g} % of tr K)"
 
     def __matmul__(self, v: Array) -> Array:
-        """F (Fᵀ v) for v of shape (n,) or (..., n, p), in 2 n k p products."""
+        """F (Fᵀ v) for v of shape (n,) or (..., n, p), in 2 n k p products.
+
+        Raises
+        ------
+        TypeError
+            If ``v`` is not an array of the library and dtype of F.
+        ValueError
+            If ``v`` does not have n rows or leading axes that broadcast with those of F, or is on another device.
+        """
         xp, columns = self._right_side(v, "v")
         with arithmetic(columns):
             product = self.factor @ (xp.matrix_transpose(self.factor) @ columns)
@@ -143,9 +155,11 @@ class LowRank:
         Raises
         ------
         TypeError
-            If ``b`` is not an array of the library and dtype of F.
+            If ``b`` is not an array of the library and dtype of F, or ``ridge`` an array but not of a real floating
+            dtype.
         ValueError
-            If ``b`` does not have n rows, or ``ridge`` is not positive and finite.
+            If ``b`` does not have n rows or leading axes that broadcast with those of F, or is on another device, or
+            ``ridge`` is not positive and finite, or of another library.
 
         Notes
         -----
@@ -170,7 +184,7 @@ class LowRank:
         Raises
         ------
         TypeError, ValueError
-            Here and by the function, as :meth:`solve`.
+            As :meth:`solve`, the function for its argument.
 
         Notes
         -----
@@ -206,8 +220,10 @@ class LowRank:
 
         Raises
         ------
+        TypeError
+            If ``ridge`` is an array but not of a real floating dtype.
         ValueError
-            If ``ridge`` is not positive and finite.
+            If ``ridge`` is not positive and finite, or of another library.
 
         Notes
         -----
@@ -238,10 +254,11 @@ class LowRank:
         Raises
         ------
         TypeError
-            If ``x_new`` is not an array of the library and dtype of F.
+            If ``x_new`` or what the kernel returns is not an array of the library and dtype of F.
         ValueError
-            If its last axis is not that of the landmarks, it holds NaN or infinite values, or the kernel's values are
-            not finite.
+            If its last axis is not that of the landmarks, or its leading axes do not broadcast with those of F, if it
+            holds NaN or infinite values or is on another device, or if the kernel's values are not finite, or not one
+            for each pair.
         """
         xp = namespace(factor=self.factor, x_new=x_new)
         z, k = self.landmarks, self.cholesky.shape[-1]
@@ -249,6 +266,7 @@ class LowRank:
         if x_new.ndim < 2 or x_new.shape[-1] != needed:
             what = f"kernel values with the {k} landmarks" if z is None else "points"
             raise ValueError(f"x_new has shape {tuple(x_new.shape)}; {what} have the shape (..., m, {needed})")
+        self._check_batch(x_new, "x_new")
         checked_finite(x_new, "x_new", xp)
         with arithmetic(x_new):
             c = x_new if z is None or self.kernel is None else checked_block(self.kernel(x_new, z), x_new, z)
@@ -281,17 +299,19 @@ class LowRank:
         """
         if rank is None and rtol is None:
             raise ValueError("truncate needs rank, rtol or both")
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, (int, np.integer))):
-            raise TypeError(f"rank must be an int, not {rank!r}")
+        if rank is not None and not is_integer(rank):
+            raise TypeError(f"rank must be an int, not {shown(rank)}")
         if rank is not None and rank < 1:
-            raise ValueError(f"rank must be at least 1, not {rank}")
+            raise ValueError(f"rank must be at least 1, not {shown(int(rank))}")
+        if rtol is not None:
+            _check_rtol(rtol, self.factor)
         xp = namespace(factor=self.factor)
         wide = widest_real(self.factor, xp)
         with arithmetic(self.factor):
             u, s, vt = xp.linalg.svd(xp.astype(self.factor, wide), full_matrices=False)
             r = s.shape[-1] if rank is None else min(int(rank), s.shape[-1])
             if rtol is not None:
-                r = min(r, _kept(s * s, rtol))
+                r = min(r, _kept(s * s, float(rtol)))
             error = xp.astype(self.trace_error, wide) + xp.sum(s[..., r:] ** 2, axis=-1)
             rotation = xp.astype(xp.matrix_transpose(vt[..., :r, :]), self.dtype)
             return dataclasses.replace(
@@ -322,10 +342,11 @@ class LowRank:
         Raises
         ------
         TypeError
-            If ``x`` is not an array of the library and dtype of F, or belongs to a traced program.
+            If ``x`` is not an array of the library and dtype of F, or belongs to a traced program, ``columns`` is not
+            an int, or ``rng`` none of the above.
         ValueError
-            If ``x`` does not have the shape or the values of what was factored, F has batch axes, or ``columns`` is
-            below 20.
+            If ``x`` does not have the shape or the values of what was factored, or is on another device, F has batch
+            axes, ``columns`` is below 20, or ``rng`` is negative.
 
         Notes
         -----
@@ -356,6 +377,8 @@ class LowRank:
 
         Raises
         ------
+        TypeError
+            If F belongs to a traced program.
         ValueError
             If F has batch axes.
         """
@@ -365,6 +388,7 @@ class LowRank:
             raise ValueError(
                 f"a LinearOperator is one matrix, and this is a batch of shape {self.shape}; take one of it"
             )
+        self._check_values("a LinearOperator takes and gives NumPy arrays")
         xp = namespace(factor=self.factor)
         dtype = to_host(self.factor[:0, :0]).dtype
 
@@ -386,11 +410,18 @@ class LowRank:
 
         Raises
         ------
+        TypeError
+            If ``path`` is neither a str nor a path, or F belongs to a traced program.
+        IsADirectoryError
+            If ``path`` is a folder.
+        FileNotFoundError
+            If the folder that the file is to be in does not exist.
+        OSError
+            If the system does not let it be written, as with too long a name.
         ImportError
             If the package ``safetensors`` is not installed.
-        OSError
-            If the file cannot be written.
         """
+        self._check_values("a file holds numbers")
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         held = {name: to_host(a) for name, a in arrays.items() if a is not None}
         _saved.write(path, held, {"format": _FORMAT, "by_kernel": self.kernel is not None})
@@ -416,6 +447,9 @@ class LowRank:
 
         Raises
         ------
+        TypeError
+            If ``path`` is neither a str nor a path, ``like`` is not an array of floating dtype, or ``kernel`` is
+            neither callable nor None, or returns no array of the library and dtype of its points.
         FileNotFoundError
             If there is no such file.
         ValueError
@@ -423,9 +457,15 @@ class LowRank:
         ImportError
             If the package ``safetensors`` is not installed.
         """
+        _checked_kernel(kernel)
+        if like is not None:
+            namespace(like=like)
         held, description = _saved.read(path)
         if description.get("format") != _FORMAT:
-            raise ValueError(f"{path} holds {description}, not a factorisation of the format {_FORMAT!r}")
+            raise ValueError(f"{path} holds {shown(description)}, not a factorisation of the format {_FORMAT!r}")
+        needed = {"factor", "trace_error", "cholesky", "landmarks" if description.get("by_kernel") else "pivots"}
+        if "by_kernel" not in description or not needed <= held.keys():
+            raise ValueError(f"{path} is no whole factorisation: it holds {sorted(held)} and {shown(description)}")
         if description["by_kernel"] != (kernel is not None):
             needs = "points, with a kernel: name it" if description["by_kernel"] else "K itself: give kernel=None"
             raise ValueError(f"{path} was made from {needs}")
@@ -460,23 +500,25 @@ class LowRank:
         root = xp.astype(xp.sqrt(mu), factor.dtype) * xp.eye(k, dtype=factor.dtype, device=device(factor))
         return xp.linalg.qr(xp.concat([factor, xp.broadcast_to(root, (*batch, k, k))], axis=-2), mode="reduced")
 
-    def _checked_ridge(self, ridge: float | Array) -> tuple[Namespace, Array]:
+    def _checked_ridge(self, ridge: Any) -> tuple[Namespace, Array]:
         """The namespace, and the ridge as an array of shape (), in double where there is double."""
         xp = namespace(factor=self.factor)
         wide = widest_real(self.factor, xp)
         if isinstance(ridge, numbers.Real):
-            mu = xp.asarray(float(ridge), dtype=wide, device=device(self.factor))
+            mu = xp.asarray(number(ridge), dtype=wide, device=device(self.factor))
         elif hasattr(ridge, "shape") and tuple(ridge.shape) == () and namespace(ridge=ridge) is xp:
+            if xp.isdtype(ridge.dtype, "complex floating"):
+                raise TypeError(f"ridge has dtype {ridge.dtype}, and must be real")
             mu = xp.astype(ridge, wide)
         else:
-            raise ValueError(f"ridge must be a positive finite number or an array of shape (), not {ridge!r}")
+            raise ValueError(f"ridge must be a positive finite number or an array of shape (), not {shown(ridge)}")
         # In the precision of F, where a tiny one may be zero.
         if not is_traced(mu) and not (
             math.isfinite(value := float(stop_gradient(xp.astype(mu, self.dtype)))) and value > 0
         ):
             rank = f" and rank {self._meaningful_rank(xp)}" if self.factor.size and not is_traced(self.factor) else ""
             raise ValueError(
-                f"ridge must be a positive finite number, not {ridge!r}: F Fᵀ, of size {self.shape[-1]}{rank}, is "
+                f"ridge must be a positive finite number, not {shown(ridge)}: F Fᵀ, of size {self.shape[-1]}{rank}, is "
                 "singular or near it without one"
             )
         return xp, mu
@@ -496,15 +538,32 @@ class LowRank:
             raise ValueError(
                 f"{name} has shape {tuple(b.shape)}; a matrix of shape {self.shape} needs ({n},) or (..., {n}, p)"
             )
+        self._check_batch(columns, name)
         return xp, columns
+
+    def _check_batch(self, x: Array, name: str) -> None:
+        try:
+            broadcast_shapes(tuple(x.shape[:-2]), tuple(self.factor.shape[:-2]))
+        except ValueError:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, whose leading axes do not broadcast with those of F, "
+                f"{tuple(self.factor.shape)}"
+            ) from None
+
+    def _check_values(self, why: str) -> None:
+        if is_traced(self.factor):
+            raise TypeError(f"{why}, and F (shape {tuple(self.factor.shape)}) belongs to a traced program; go outside")
+
+
+def _check_rtol(rtol: Any, factor: Array) -> None:
+    if not 0 <= number(rtol) < 1:
+        raise ValueError(f"rtol must be a number in [0, 1), not {shown(rtol)}")
+    if is_traced(factor):
+        raise TypeError("a rank found by rtol depends on values, which a traced program does not have; give rank")
 
 
 def _kept(squares: Array, rtol: float) -> int:
     """How many of the descending σ² leave at most rtol of their sum, in the worst batch element."""
-    if not (isinstance(rtol, numbers.Real) and 0 <= rtol < 1):
-        raise ValueError(f"rtol must be a number in [0, 1), not {rtol!r}")
-    if is_traced(squares):
-        raise TypeError("a rank found by rtol depends on values, which a traced program does not have; give rank")
     held = to_host(squares)
     beyond = np.cumsum(held[..., ::-1], axis=-1)[..., ::-1]  # discarded if this column and those after it are
     needed = np.sum(beyond > rtol * np.sum(held, axis=-1, keepdims=True), axis=-1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -118,6 +119,8 @@ def newton_schedule(condition: float, /, *, tolerance: float = 1e-6, definite: b
 
     Raises
     ------
+    TypeError
+        If ``definite`` is neither True nor False.
     ValueError
         If ``condition`` is no number from 1 to 1e100, or ``tolerance`` none from 1e-15 to 1.
 
@@ -128,10 +131,13 @@ def newton_schedule(condition: float, /, *, tolerance: float = 1e-6, definite: b
     >>> schedule.orders, schedule.products[-1]
     ((9, 9, 9), 13)
     """
-    if not (isinstance(condition, (int, float, np.number)) and 1 <= condition <= _LARGEST):
-        raise ValueError(f"condition must be a number from 1 to {_LARGEST:g}, not {condition!r}")
-    if not (isinstance(tolerance, (int, float, np.number)) and _SMALLEST <= tolerance < 1):
-        raise ValueError(f"tolerance must be a number from {_SMALLEST:g} to 1, not {tolerance!r}")
+    if not (isinstance(condition, numbers.Real) and 1 <= condition <= _LARGEST):
+        raise ValueError(f"condition must be a number from 1 to {_LARGEST:g}, not {_shown(condition)}")
+    if not (isinstance(tolerance, numbers.Real) and _SMALLEST <= tolerance < 1):
+        raise ValueError(f"tolerance must be a number from {_SMALLEST:g} to 1, not {_shown(tolerance)}")
+    if not isinstance(definite, (bool, np.bool_)):
+        raise TypeError(f"definite must be True or False, not {_shown(definite)}")
+    condition, tolerance = float(condition), float(tolerance)
     low = 1 / condition if definite else 1 / condition**2
     bounds, spent = [(1 - low) / (1 + low)], [0]
     chosen = plan(low, 1.0, tolerance) if bounds[0] > tolerance else Plan((), low, 1.0, 0)
@@ -141,6 +147,11 @@ def newton_schedule(condition: float, /, *, tolerance: float = 1e-6, definite: b
         bounds.append(max(1 - interval[0], interval[1] - 1))
         spent.append(spent[-1] + PRODUCTS[len(step.coefficients)] - 2 * (definite and len(spent) == 1))
     return NewtonSchedule(tuple(len(s.coefficients) for s in chosen.steps), tuple(bounds), tuple(spent))
+
+
+def _shown(value: Any) -> str:
+    """A value as a message names it, on one line: a number or a text by its first digits, all else by its type."""
+    return f"{value!r:.40}" if isinstance(value, (numbers.Real, str)) else type(value).__name__
 
 
 @remembered

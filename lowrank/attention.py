@@ -9,7 +9,6 @@ Transformers", IJCV 2024). Only products of tall and small matrices occur, on an
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +21,14 @@ from lowrank._array import (
     Namespace,
     arithmetic,
     broadcast_shapes,
+    check_flag,
     identity,
     is_half,
     is_traced,
     is_transformed,
     namespace,
+    number,
+    shown,
     stop_gradient,
     writes,
 )
@@ -90,11 +92,12 @@ def softmax_free_attention(
     Raises
     ------
     TypeError
-        If the arguments are not arrays of one library and one real floating dtype, or a mask is not a bool array of
-        that library.
+        If the arguments are not arrays of one library and one real floating dtype, a mask is not a bool array of that
+        library, ``lengthscale`` is neither a number nor a real floating array of it, ``normalize`` is neither True nor
+        False, or ``inverse`` is not callable, or returns no array of the library and dtype of its argument.
     ValueError
-        If their shapes do not fit, they are on different devices, ``lengthscale`` is not positive or
-        ``ridge`` is negative.
+        If their shapes do not fit, they are on different devices, ``lengthscale`` is not positive and finite, ``ridge``
+        is negative or not finite, or ``inverse`` returns an array of another shape.
 
     Notes
     -----
@@ -120,10 +123,8 @@ def softmax_free_attention(
     _check_mask("mask", mask, "q", q, xp)
     _check_mask("landmark_mask", landmark_mask, "landmarks", landmarks, xp)
     ell = max(q.shape[-1], 1) ** 0.25 if lengthscale is None else _checked_lengthscale(lengthscale, q, xp)
-    if not (isinstance(ridge, numbers.Real) and math.isfinite(ridge) and ridge >= 0):
-        raise ValueError(f"ridge must be a finite number >= 0, not {ridge!r}")
-    if inverse is not None and not callable(inverse):
-        raise TypeError(f"inverse must be a function of (a, hermitian=, ridge=), or None, not {inverse!r}")
+    _check_options(ridge, normalize, inverse)
+    ridge = float(ridge)
 
     result_dtype = q.dtype
     if is_half(q):
@@ -144,6 +145,14 @@ def softmax_free_attention(
             asking, x, z = ((y - c) * scale for y in (queries, x, z))
             out = _attended_from(asking, x, z, v, core, system, xp)
     return xp.astype(out, result_dtype, copy=False)
+
+
+def _check_options(ridge: Any, normalize: Any, inverse: Any) -> None:
+    if not 0 <= number(ridge) < math.inf:
+        raise ValueError(f"ridge must be a finite number >= 0, not {shown(ridge)}")
+    check_flag("normalize", normalize)
+    if inverse is not None and not callable(inverse):
+        raise TypeError(f"inverse must be a function of (a, hermitian=, ridge=), or None, not {shown(inverse)}")
 
 
 def _only(x: Array, mask: Array | None, xp: Namespace) -> Array:
@@ -186,6 +195,7 @@ def _core(
         core = _pinv.pinv_newton(stop_gradient(a), hermitian=True, ridge=ridge, **known)
     else:
         core = invert(a, hermitian=True, ridge=ridge)
+        _check_inverse(core, a)
     system = a + ridge * eye if solves else None
     if normalize:
         root = xp.sqrt(xp.sum(a, axis=-1, keepdims=True))  # D^½; D ≥ 1, as k(z, z) = 1
@@ -195,6 +205,12 @@ def _core(
     if both is not None:
         core = xp.where(both, core, xp.zeros_like(core))
     return core, system
+
+
+def _check_inverse(core: Any, a: Array) -> None:
+    namespace(**{"what inverse got": a, "what inverse returned": core})
+    if tuple(core.shape) != tuple(a.shape):
+        raise ValueError(f"inverse returned the shape {tuple(core.shape)} for matrices of shape {tuple(a.shape)}")
 
 
 def _attended(
@@ -264,7 +280,8 @@ def _check_shapes(points: dict[str, Array]) -> None:
 def _check_mask(name: str, mask: Array | None, of: str, x: Array, xp: Namespace) -> None:
     if mask is None:
         return
-    if not compat.is_array_api_obj(mask) or compat.array_namespace(mask) is not xp or mask.dtype != xp.bool:
+    known = compat.is_array_api_obj(mask) and not isinstance(mask, type)
+    if not known or compat.array_namespace(mask) is not xp or mask.dtype != xp.bool:
         kind = getattr(mask, "dtype", type(mask).__name__)
         raise TypeError(f"{name} must be a bool array of the library of {of}, True for what takes part, not {kind}")
     shape, wanted = tuple(mask.shape), tuple(x.shape[:-1])

@@ -15,7 +15,6 @@ there one machine holds the factor, here none does. The ridge fit is the subset 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -34,11 +33,13 @@ from lowrank._array import (
     generator,
     is_half,
     namespace,
+    number,
+    shown,
     to_host,
     widest_real,
 )
 from lowrank._core import SHIFT, checked_block, checked_symmetric, shifted_cholesky, solve_right
-from lowrank.factor import _checked_indices, _checked_landmark_points
+from lowrank.factor import _as_array, _checked_indices, _checked_landmark_points
 from lowrank.kernels import gaussian_kernel
 
 # Entries of k(x, z) that a task holds at a time, whatever the size of its chunk: with the float64 copies of the solve
@@ -118,8 +119,12 @@ class ChunkedLowRank:
 
         Raises
         ------
-        TypeError, ValueError
-            As :func:`nystrom` for ``x``.
+        TypeError
+            If ``x_new`` is not an array, or not of the dtype of the landmarks.
+        ValueError
+            If it does not have two axes and their features, or is a Dask array of no rows, of unknown chunk sizes or
+            chunked along the features. While chunks are being computed: if one holds NaN or infinite values, naming its
+            first such row by its number.
         """
         core = _Core(self.landmarks, self.cholesky, self.kernel)
         return _by_rows(_feature_rows, x_new, core, name="x_new", columns=self.rank)
@@ -175,7 +180,7 @@ class RidgeFit:
         Raises
         ------
         TypeError, ValueError
-            As :func:`ridge` for ``x``.
+            As :meth:`ChunkedLowRank.features`.
         """
         core = _Core(self.landmarks, self.cholesky, self.kernel)
         columns = None if self.coefficients.ndim == 1 else self.coefficients.shape[1]
@@ -217,11 +222,15 @@ def nystrom(
     Raises
     ------
     TypeError
-        If ``x`` is not a Dask array of float32 or float64, or an argument is of another type.
+        If ``x`` is not a Dask array of float32 or float64, an argument is of another type, or the kernel returns no
+        array of the library and dtype of its points.
     ValueError
-        If chunk sizes are unknown, ``x`` is chunked along the features, an index or the rank is out of range, shapes
-        do not fit, or the kernel of the landmarks is not positive semidefinite. While chunks are being computed: if
-        one holds NaN or infinite values, naming its first such row by its number in ``x``.
+        If ``x`` does not have two axes and one row, chunk sizes are unknown, ``x`` is chunked along the features, an
+        index, the rank or ``rng`` is out of range, shapes do not fit, ``landmarks`` is an unknown name or empty,
+        ``rank`` is missing where they are chosen or not their number, ``kernel`` is None, or the kernel returns a block
+        of another shape, values that are not finite, a negative diagonal, or a k(z, z) that is not symmetric or not
+        positive semidefinite. While chunks are being computed: if one holds NaN or infinite values, naming its first
+        such row by its number in ``x``.
 
     Notes
     -----
@@ -241,6 +250,7 @@ def nystrom(
     True
     """
     _checked(x, "x")
+    _check_kernel(kernel)
     core, pivots = _core(x, kernel, landmarks, rank, rng)
     factor = _by_rows(_feature_rows, x, core, name="x", columns=len(core.landmarks))
     left = da.map_blocks(_unexplained, x, factor, kernel=kernel, drop_axis=1, dtype=np.float64, meta=x._meta)
@@ -282,10 +292,11 @@ def ridge(
     Raises
     ------
     TypeError
-        If ``x`` or ``y`` is not a Dask array of float32 or float64, or an argument is of another type.
+        As :func:`nystrom`, and if ``y`` is not a Dask array of the dtype and library of ``x``.
     ValueError
-        As :func:`nystrom`, and if ``y`` does not have n rows or ``ridge`` is negative; if a row of ``x`` or ``y`` holds
-        NaN or infinite values, naming the first one; if FᵀF + ridge·I is singular in float64, naming the rank of F.
+        As :func:`nystrom`, and if ``y`` does not have n rows or is of unknown chunk sizes, or ``ridge`` is no finite
+        number, or negative; if a row of ``y`` holds NaN or infinite values, naming the first one; if FᵀF + ridge·I is
+        singular in float64, naming the rank of F.
 
     Notes
     -----
@@ -310,7 +321,8 @@ def ridge(
     """
     _checked(x, "x")
     y = _checked_targets(y, x)
-    _checked_ridge(ridge)
+    _check_kernel(kernel)
+    ridge = _checked_ridge(ridge)
     core, pivots = _core(x, kernel, landmarks, rank, rng)
     shared = dask.delayed(core, traverse=False)
     parts = [
@@ -372,11 +384,13 @@ def rpcholesky(
     Raises
     ------
     TypeError
-        If ``x`` is not a Dask array of float32 or float64, or an argument is of another type.
+        If ``x`` is not a Dask array of float32 or float64, an argument is of another type, or the kernel returns no
+        array of the library and dtype of its points.
     ValueError
-        If chunk sizes are unknown, ``x`` is chunked along the features, ``rank`` or ``rtol`` is out of range, or a row
-        holds NaN or infinite values, naming the first one; if the kernel's diagonal is negative or a block of the wrong
-        shape.
+        If ``x`` does not have two axes and one row, chunk sizes are unknown, ``x`` is chunked along the features,
+        ``rank``, ``rtol`` or ``rng`` is out of range, a row holds NaN or infinite values, naming the first one,
+        ``kernel`` is None, or the kernel returns a block of another shape, values that are not finite or a negative
+        diagonal.
 
     Notes
     -----
@@ -388,17 +402,18 @@ def rpcholesky(
     usual. F is computed anew in every round and never kept: the memory is that of a few blocks of k(x, z) per thread.
     """
     _checked(x, "x")
-    if kernel is None:
-        raise ValueError("kernel is None, and a Dask array holds points here, not the matrix K; name their kernel")
+    _check_kernel(kernel)
     rank = _landmarks._checked_rank(rank, x)
-    if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real) or not 0 <= float(rtol) < 1:
-        raise ValueError(f"rtol must be a number from 0 to below 1, not {rtol!r}")
+    if isinstance(rtol, bool) or not 0 <= number(rtol) < 1:
+        raise ValueError(f"rtol must be a number from 0 to below 1, not {shown(rtol)}")
+    rtol = float(rtol)
     random = generator(rng)
     count = min(max(2 * rank, _LEAST_PROPOSALS), _MOST_PROPOSALS)
     chunks = list(_chunks(x))
     starts = np.asarray([start for start, _ in chunks])
     core = _Core(np.zeros((0, x.shape[1]), dtype=x.dtype), np.zeros((0, 0)), kernel)
-    pivots, sent, trace, fresh = np.zeros(0, dtype=np.intp), [], None, 0
+    pivots, trace, fresh = np.zeros(0, dtype=np.intp), None, 0
+    sent: list[Any] = []
     while True:
         left = dask.persist(
             *[dask.delayed(_residual)(rows, start, sent, kernel, fresh) for start, rows in chunks], traverse=False
@@ -620,8 +635,6 @@ def _core(
     x: da.Array, kernel: Callable[..., Array], landmarks: Any, rank: int | None, rng: Any
 ) -> tuple[_Core, np.ndarray | None]:
     """The landmarks and the Cholesky factor of their kernel, as lowrank.factor has them."""
-    if kernel is None:
-        raise ValueError("kernel is None, and a Dask array holds points here, not the matrix K; name their kernel")
     points, pivots = _resolved(landmarks, x, kernel, rank, rng)
     meta = x._meta
     xp = namespace(x=meta)
@@ -636,7 +649,9 @@ def _resolved(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Landmark points and, if they are rows of x, their indices."""
     if isinstance(landmarks, str) and landmarks not in _NAMED:
-        raise ValueError(f"landmarks must be one of {list(_NAMED)}, a callable, indices or points, not {landmarks!r}")
+        raise ValueError(
+            f"landmarks must be one of {list(_NAMED)}, a callable, indices or points, not {shown(landmarks)}"
+        )
     chosen = isinstance(landmarks, str) or callable(landmarks)
     if rank is None and chosen:
         raise ValueError("rank, the number of landmarks, is needed where they are to be chosen")
@@ -647,10 +662,7 @@ def _resolved(
     elif chosen:
         choose: Callable[..., Array] = rpcholesky if isinstance(landmarks, str) else landmarks
         landmarks = choose(x, rank=rank, kernel=kernel, rng=rng)
-    if isinstance(landmarks, (list, tuple)):
-        landmarks = np.asarray(landmarks)
-    if not hasattr(landmarks, "ndim"):
-        raise TypeError(f"landmarks must be a name, a callable, indices or points, not {type(landmarks).__name__}")
+    landmarks = _as_array(landmarks)
     if isinstance(landmarks, da.Array):
         landmarks = landmarks.compute()
     count = landmarks.shape[0] if landmarks.ndim else 0
@@ -851,10 +863,13 @@ def _checked_features(x: Array, core: _Core, name: str) -> None:
         raise TypeError(f"{name} has dtype {x.dtype} and the landmarks have {core.landmarks.dtype}; convert {name}")
 
 
-def _checked_ridge(ridge: Any) -> None:
-    if (
-        isinstance(ridge, bool)
-        or not isinstance(ridge, numbers.Real)
-        or not (math.isfinite(ridge) and float(ridge) >= 0)
-    ):
-        raise ValueError(f"ridge must be a finite number, not negative, not {ridge!r}")
+def _check_kernel(kernel: Any) -> None:
+    if kernel is None:
+        raise ValueError("kernel is None, and a Dask array holds points here, not the matrix K; name their kernel")
+    _landmarks._checked_kernel(kernel)
+
+
+def _checked_ridge(ridge: Any) -> float:
+    if isinstance(ridge, bool) or not 0 <= number(ridge) < math.inf:
+        raise ValueError(f"ridge must be a finite number, not negative, not {shown(ridge)}")
+    return float(ridge)

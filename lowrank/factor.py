@@ -8,7 +8,6 @@ every error estimate rests on; the factor L and the shift ν are made in ``_core
 from __future__ import annotations
 
 import inspect
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +22,8 @@ from lowrank._array import (
     is_half,
     is_traced,
     namespace,
+    number,
+    shown,
     stop_gradient,
     to_host,
     widest_real,
@@ -87,12 +88,17 @@ def nystrom(
     Raises
     ------
     TypeError
-        If ``x`` is not an array of float32 or float64, ``landmarks`` or ``rank`` is of another type, or the function
-        that chooses landmarks does not take ``rtol``.
+        If ``x`` is not an array of float32 or float64; if ``landmarks``, ``rank`` or ``rng`` is of another type, or
+        points are not of the library and dtype of ``x``; if ``kernel`` is neither callable nor None, or returns no
+        array of the library and dtype of its points; if the function that chooses landmarks does not take ``rtol``, or
+        is "rpcholesky" in a traced program.
     ValueError
-        If ``x`` holds NaN or infinite values (the first row of them is named), an index, the rank or rtol is out of
-        range, shapes do not fit, or the kernel returns a block of another shape, values that are not finite, a negative
-        diagonal, or a k(z, z) that is not symmetric or not positive semidefinite.
+        If ``x`` or the landmarks hold NaN or infinite values (the first row of them is named); if an index, ``rank``,
+        ``rtol`` or ``rng`` is out of range, or shapes or devices do not fit; if ``landmarks`` is an unknown name or
+        empty, ``rank`` is missing where they are chosen or not their number, ``rtol`` comes with landmarks that are
+        given, or they are points or means and ``kernel`` is None; or if the kernel returns a block of another shape,
+        values that are not finite, a negative diagonal, or a k(z, z) that is not symmetric or not positive
+        semidefinite.
 
     Notes
     -----
@@ -138,6 +144,7 @@ def nystrom(
 
 def _checked_points(x: Array, kernel: Callable[..., Array] | None) -> Namespace:
     xp = namespace(x=x)
+    _landmarks._checked_kernel(kernel)
     if is_half(x) or xp.isdtype(x.dtype, "complex floating"):
         raise TypeError(f"x has dtype {x.dtype} (shape {tuple(x.shape)}); convert it to float32 or float64")
     if x.ndim < 2:
@@ -164,7 +171,7 @@ def _resolved(
     if isinstance(landmarks, str):
         if landmarks not in _NAMED:
             raise ValueError(
-                f"landmarks must be one of {sorted(_NAMED)}, a callable, indices or points, not {landmarks!r}"
+                f"landmarks must be one of {sorted(_NAMED)}, a callable, indices or points, not {shown(landmarks)}"
             )
         landmarks = _NAMED[landmarks]
     chosen = callable(landmarks)
@@ -176,10 +183,7 @@ def _resolved(
     if chosen:
         most = x.shape[-2] if rank is None else rank
         landmarks = landmarks(x, rank=most, kernel=_without_derivatives(kernel, x), rng=rng, **stop)
-    if isinstance(landmarks, (list, tuple)):
-        landmarks = np.asarray(landmarks)
-    if not hasattr(landmarks, "ndim"):
-        raise TypeError(f"landmarks must be a name, a callable, indices or points, not {type(landmarks).__name__}")
+    landmarks = _as_array(landmarks)
     if landmarks.ndim == 1:
         pivots = _checked_indices(landmarks, x, xp)
         z = None if kernel is None else xp.take(x, pivots, axis=-2)
@@ -197,15 +201,33 @@ def _resolved(
     return z, pivots
 
 
+def _as_array(landmarks: Any) -> Array:
+    """Indices or points, which may be given as a list."""
+    if isinstance(landmarks, (list, tuple)):
+        try:
+            landmarks = np.asarray(landmarks)
+        except ValueError:
+            raise ValueError(
+                f"landmarks is a {type(landmarks).__name__} of {len(landmarks)} rows of different lengths; "
+                "give indices, or points of one length"
+            ) from None
+    if not hasattr(landmarks, "ndim"):
+        raise TypeError(f"landmarks must be a name, a callable, indices or points, not {type(landmarks).__name__}")
+    return landmarks
+
+
 def _checked_rtol(rtol: float | None, landmarks: Any) -> dict[str, float]:
     """rtol as a keyword for the function that chooses landmarks, if it is given and taken."""
     if rtol is None:
         return {}
-    if not (isinstance(rtol, numbers.Real) and 0 <= rtol < 1):
-        raise ValueError(f"rtol must be a number in [0, 1), not {rtol!r}")
+    if not 0 <= number(rtol) < 1:
+        raise ValueError(f"rtol must be a number in [0, 1), not {shown(rtol)}")
     if not callable(landmarks):
         raise ValueError(f"rtol ({rtol}) decides how many landmarks are chosen, and these are given; leave it out")
-    taken = inspect.signature(landmarks).parameters
+    try:
+        taken = dict(inspect.signature(landmarks).parameters)
+    except ValueError:  # builtins may have no signature
+        taken = {}
     if "rtol" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         name = getattr(landmarks, "__name__", repr(landmarks))
         raise TypeError(f"{name} has no keyword rtol to stop by; choose landmarks='rpcholesky', or give rank alone")

@@ -26,6 +26,8 @@ from lowrank._array import (
     is_half,
     is_traced,
     namespace,
+    number,
+    shown,
     stop_gradient,
     to_host,
 )
@@ -129,8 +131,8 @@ def gaussian_kernel(x: Array, y: Array, /, *, lengthscale: float | Array = 1.0) 
     Raises
     ------
     TypeError
-        If ``x``, ``y`` and ``lengthscale`` are not arrays of one library, or the dtypes of ``x`` and ``y`` are not
-        one real floating dtype.
+        If ``x`` and ``y`` are not arrays of one library and one real floating dtype, or ``lengthscale`` is neither a
+        number nor a real floating array of that library.
     ValueError
         If the shapes do not fit, a lengthscale is not positive and finite (checked where its value is known, not in
         a traced program), or the devices differ.
@@ -246,7 +248,8 @@ def gaussian_matmul(x: Array, y: Array, v: Array, /, *, lengthscale: float | Arr
     Raises
     ------
     TypeError
-        If the arguments are not arrays of one library, or ``x``, ``y`` and ``v`` are not of one real floating dtype.
+        If ``x``, ``y`` and ``v`` are not arrays of one library and one real floating dtype, or ``lengthscale`` is
+        neither a number nor a real floating array of that library.
     ValueError
         If the shapes do not fit, a lengthscale is not positive and finite, or the devices differ.
 
@@ -299,8 +302,8 @@ def median_lengthscale(x: Array, /, *, rng: int | np.random.Generator | None = N
     TypeError
         If ``x`` is not an array of a real floating dtype, belongs to a traced program, or ``rng`` is none of the above.
     ValueError
-        If ``x`` does not have two axes and two rows, the median is not finite, as with NaN in ``x``, or it is zero, as
-        it is where most points coincide.
+        If ``x`` does not have two axes and two rows, ``rng`` is negative, or the median is not finite, as with NaN in
+        ``x``, or zero, as it is where most points coincide.
 
     Notes
     -----
@@ -544,9 +547,9 @@ def _checked_lengthscale(lengthscale: Array, x: Array, xp: Namespace) -> float |
     """ℓ as a float, or as an array of shape () or (d,) in the dtype that x is computed in."""
     remedy = "give a positive number in the units of x, or an array of one per feature"
     if isinstance(lengthscale, numbers.Real):
-        ell = float(lengthscale)
-        if not (math.isfinite(ell) and ell > 0):
-            raise ValueError(f"lengthscale must be positive and finite, not {lengthscale}; {remedy}")
+        ell = number(lengthscale)
+        if not 0 < ell < math.inf:
+            raise ValueError(f"lengthscale must be positive and finite, not {shown(lengthscale)}; {remedy}")
         return ell
     if namespace(lengthscale=lengthscale) is not xp:
         raise TypeError(
@@ -560,5 +563,10 @@ def _checked_lengthscale(lengthscale: Array, x: Array, xp: Namespace) -> float |
         raise TypeError(f"lengthscale has dtype {lengthscale.dtype}; {remedy}")
     ells = xp.astype(lengthscale, xp.float32 if is_half(x) else x.dtype)
     if not is_traced(ells) and not bool(xp.all(xp.isfinite(ells) & (ells > 0))):
-        raise ValueError(f"lengthscale must be positive and finite, not {lengthscale}; {remedy}")
+        values = np.ravel(to_host(ells))
+        wrong = int(np.argmin(np.isfinite(values) & (values > 0)))
+        raise ValueError(
+            f"lengthscale must be positive and finite, not {float(values[wrong])} (entry {wrong} of the shape "
+            f"{tuple(ells.shape)}); {remedy}"
+        )
     return ells

@@ -19,11 +19,15 @@ from lowrank._array import (
     Namespace,
     add_product,
     arithmetic,
+    block_namespace,
     from_host,
     generator,
     is_half,
+    is_integer,
     is_traced,
     namespace,
+    number,
+    shown,
     solve_triangular,
     stop_gradient,
     to_host,
@@ -63,7 +67,7 @@ def uniform(
     TypeError
         If ``rank`` is not an int, ``x`` not an array of floating dtype, or ``rng`` none of the above.
     ValueError
-        If ``x`` has fewer than two axes or ``rank`` is not in 1 … n.
+        If ``x`` has fewer than two axes, ``rank`` is not in 1 … n, or ``rng`` is negative.
     """
     xp, n = _checked(x, rank)
     return _index_array(generator(rng).choice(n, size=rank, replace=False), x, xp)
@@ -152,10 +156,12 @@ def rpcholesky(
     ------
     TypeError
         If ``rank`` is not an int, ``x`` not an array of float32 or float64 (it may carry derivatives, but not belong to
-        a traced program), or ``rng`` none of the above.
+        a traced program), ``rng`` none of the above, or ``kernel`` neither callable nor None, or one that returns no
+        array of the library and dtype of its points.
     ValueError
-        If ``x`` has not two axes, ``rank`` is not in 1 … n, ``rtol`` not in [0, 1), or the diagonal of the kernel is
-        negative or not finite anywhere.
+        If ``x`` has not two axes, or is not square where it is K, ``rank`` is not in 1 … n, ``rtol`` not in [0, 1),
+        ``rng`` is negative, or the kernel returns a block of another shape, or a diagonal that is negative or not
+        finite anywhere.
 
     Notes
     -----
@@ -164,11 +170,12 @@ def rpcholesky(
     when its turn comes, so that the accepted ones have the distribution of one-by-one pivoting.
     """
     xp, n = _checked(x, rank)
+    _checked_kernel(kernel)
     if x.ndim != 2 or (kernel is None and x.shape[-1] != n):
         what = "the square matrix K, as kernel is None" if kernel is None else "one set of points, (n, d)"
         raise ValueError(f"rpcholesky takes {what}; x has shape {tuple(x.shape)}")
-    if not (isinstance(rtol, (int, float, np.number)) and 0 <= rtol < 1):
-        raise ValueError(f"rtol must be a number in [0, 1), not {rtol!r}")
+    if not 0 <= number(rtol) < 1:
+        raise ValueError(f"rtol must be a number in [0, 1), not {shown(rtol)}")
     if is_half(x) or xp.isdtype(x.dtype, "complex floating") or is_traced(x):
         raise TypeError(f"x must be an array of float32 or float64 outside of a traced program, not {x.dtype}")
     rng = generator(rng)
@@ -177,7 +184,7 @@ def rpcholesky(
         given = _checked_diagonal(_diagonal(x, kernel, xp), xp)
         negligible = _NOTHING * float(xp.finfo(x.dtype).eps) * given
         left = given
-        target = rtol * float(xp.sum(given))
+        target = float(rtol) * float(xp.sum(given))
         pivots, block = np.empty(0, dtype=np.int64), min(_FIRST_BLOCK, rank)
         factor: list[Array] = []
         while pivots.size < rank and float(xp.sum(left)) > target:
@@ -210,8 +217,15 @@ def _diagonal(x: Array, kernel: Callable[..., Array] | None, xp: Namespace) -> A
         diagonal = xp.linalg.diagonal(x)
     else:
         each = x[:, None, :]
-        diagonal = kernel(each, each)[:, 0, 0]
+        diagonal = _block(kernel, each, each)[:, 0, 0]
     return xp.astype(diagonal, widest_real(x, xp))
+
+
+def _block(kernel: Callable[..., Array], x: Array, z: Array) -> Array:
+    """k(x, z), after checking that it is a block of one number for each pair."""
+    block = kernel(x, z)
+    block_namespace(block, x, z)
+    return block
 
 
 def _checked_diagonal(diagonal: Array, xp: Namespace) -> Array:
@@ -240,7 +254,7 @@ def _residual_among(
         among = xp.take(points, index, axis=1)
     else:
         points = xp.astype(points, widest_real(points, xp))
-        among = kernel(points, points)
+        among = _block(kernel, points, points)
     among = to_host(among).astype(np.float64)
     for rows in known:
         part = to_host(rows).astype(np.float64)
@@ -283,7 +297,7 @@ def _new_columns(
 ) -> Array:
     """(k(x, z) − F F_zᵀ)L⁻ᵀ, the columns that the landmarks z add to F, whose blocks are in ``factor``."""
     index = _index_array(chosen, x, xp)
-    columns = xp.take(x, index, axis=1) if kernel is None else kernel(x, xp.take(x, index, axis=0))
+    columns = xp.take(x, index, axis=1) if kernel is None else _block(kernel, x, xp.take(x, index, axis=0))
     for i, (old, rows) in enumerate(zip(factor, known, strict=True)):
         # What the kernel returned may belong to its author; the first difference is ours.
         columns = add_product(columns, old, from_host(rows.T, x, xp), xp, alpha=-1.0, out=columns if i > 0 else None)
@@ -310,11 +324,18 @@ def _index_array(indices: np.ndarray, like: Array, xp: Namespace) -> Array:
 def _checked_rank(rank: int, x: Array) -> int:
     """The rank asked of the n rows of x, if that can be had."""
     n = x.shape[-2]
-    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
-        raise TypeError(f"rank must be an int, not {rank!r}")
+    if not is_integer(rank):
+        raise TypeError(f"rank must be an int, not {shown(rank)}")
     if not 1 <= rank <= n:
-        raise ValueError(f"rank must be from 1 to the number of points, {n} (x has shape {tuple(x.shape)}), not {rank}")
+        raise ValueError(
+            f"rank must be from 1 to the number of points, {n} (x has shape {tuple(x.shape)}), not {shown(int(rank))}"
+        )
     return int(rank)
+
+
+def _checked_kernel(kernel: Any) -> None:
+    if kernel is not None and not callable(kernel):
+        raise TypeError(f"kernel must be a function of two sets of points, or None, not {shown(kernel)}")
 
 
 def _checked(x: Array, rank: int) -> tuple[Namespace, int]:

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank._array import arithmetic, is_on_cpu, is_traced, namespace
+from lowrank._array import arithmetic, is_integer, is_on_cpu, is_traced, namespace, number, shown
 from lowrank._attend import gaussian_block
 from lowrank._torch_attention import gaussian_product
-from lowrank.attention import softmax_free_attention
+from lowrank.attention import _check_options, softmax_free_attention
 
 # What differs between sequences and images.
 _CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -59,9 +59,13 @@ class SoftmaxFreeAttention(nn.Module):
 
     Raises
     ------
+    TypeError
+        If ``dim``, ``num_heads``, ``spatial_dims``, ``stride`` or ``value_kernel`` is not an int, ``normalize`` is
+        neither True nor False, or ``inverse`` is not callable.
     ValueError
         If ``num_heads`` does not divide ``dim``, ``spatial_dims`` is neither 1 nor 2, neither ``stride`` nor ``grid``
-        is given, a size is not positive, ``grid`` has another number of axes or ``value_kernel`` is even.
+        is given, a size is not positive, ``grid`` has another number of axes or is not of ints, ``value_kernel`` is
+        even, or ``ridge`` is negative or not finite.
 
     Notes
     -----
@@ -109,23 +113,32 @@ class SoftmaxFreeAttention(nn.Module):
         inverse: Callable[..., Tensor] | None = None,
     ) -> None:
         super().__init__()
+        optional = {"stride": stride, "value_kernel": value_kernel}
+        sizes = {"dim": dim, "num_heads": num_heads, "spatial_dims": spatial_dims, **optional}
+        for name, value in sizes.items():
+            if not (is_integer(value) or (value is None and name in optional)):
+                raise TypeError(f"{name} must be an int, not {shown(value)}")
         if dim < 1 or num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must be a positive divisor of dim, not {num_heads} with dim={dim}")
+            heads = shown(num_heads)
+            raise ValueError(f"num_heads must be a positive divisor of dim, not {heads} with dim={shown(dim)}")
         if spatial_dims not in _CONVOLUTION:
-            raise ValueError(f"spatial_dims must be 1 (sequences) or 2 (images), not {spatial_dims}")
+            raise ValueError(f"spatial_dims must be 1 (sequences) or 2 (images), not {shown(spatial_dims)}")
         if stride is None and grid is None:
             raise ValueError("landmarks need a stride (a convolution), a grid (pooling), or both; neither is given")
         if stride is not None and stride < 1:
-            raise ValueError(f"stride must be at least 1, not {stride}")
+            raise ValueError(f"stride must be at least 1, not {shown(stride)}")
         if grid is not None:
             axes = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,) * spatial_dims
-            if len(axes) != spatial_dims or not all(isinstance(g, int) and g > 0 for g in axes):
+            if len(axes) != spatial_dims or not all(is_integer(g) and g > 0 for g in axes):
                 raise ValueError(
-                    f"grid must have at least one landmark along each of {spatial_dims} axes, not {grid!r}; "
+                    f"grid must have at least one landmark along each of {spatial_dims} axes, not {shown(grid)}; "
                     "give an int, or one for each axis"
                 )
         if value_kernel is not None and (value_kernel < 1 or value_kernel % 2 == 0):
-            raise ValueError(f"value_kernel must be odd and positive, so that it has a centre, not {value_kernel}")
+            raise ValueError(
+                f"value_kernel must be odd and positive, so that it has a centre, not {shown(value_kernel)}"
+            )
+        _check_options(ridge, normalize, inverse)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.spatial_dims, self.stride, self.grid = spatial_dims, stride, None if grid is None else axes
         self.ridge, self.normalize, self.inverse = ridge, normalize, inverse
@@ -180,12 +193,17 @@ class SoftmaxFreeAttention(nn.Module):
         Raises
         ------
         TypeError
-            If ``x`` is no tensor of floating dtype, or ``mask`` none of bool.
+            If ``x`` or ``queries`` is no tensor of floating dtype, or not of the layer's dtype outside of autocast, or
+            if ``mask`` is none of bool.
         ValueError
-            If shapes, ``size`` and devices do not fit, the size has no room for a landmark cell, ``queries`` meet a
-            layer with a value convolution (they are no image), or float16 overflows (see the class). Also if an
-            element has tokens, but no whole cell of the strided convolution. To see that, the host waits for the
-            device once; in a traced program nobody looks, and the element's attention is zero, as with no landmarks.
+            If ``size`` is not of ints, if shapes, ``size`` and devices do not fit, the size has no room for a landmark
+            cell, ``queries`` meet a layer with a value convolution (they are no image), or float16 overflows (see the
+            class). Also if an element has tokens, but no whole cell of the strided convolution.
+
+        Notes
+        -----
+        To see whether an element has tokens, but no whole cell, the host waits for the device once; in a traced program
+        nobody looks, and the element's attention is zero, as with no landmarks.
         """
         size = self._checked_size(x, size)
         if queries is not None:
@@ -224,6 +242,13 @@ class SoftmaxFreeAttention(nn.Module):
 
         ``x`` and ``size`` are those of :meth:`forward`. Landmarks run along the rows of their grid. Values are in
         [0, 1]; no gradient is recorded.
+
+        Raises
+        ------
+        TypeError
+            If ``x`` is no tensor of floating dtype, or not of the layer's dtype outside of autocast.
+        ValueError
+            If ``size`` is not of ints, if shapes and ``size`` do not fit, or the size has no room for a landmark cell.
         """
         q, z, _ = self._queries_and_landmarks(x, self._checked_size(x, size), None)
         working, scale = torch.promote_types(q.dtype, torch.float32), self.head_dim**-0.25
@@ -299,14 +324,21 @@ class SoftmaxFreeAttention(nn.Module):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             given = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a tensor of floating dtype, not {given}; convert it first")
+        namespace(x=x)
+        # Under autocast, and in layers that others put in the place of this one, dtypes are their matter.
+        plain = type(self.query) is nn.Linear and not torch.is_autocast_enabled(x.device.type)
+        if plain and x.dtype != self.query.weight.dtype:
+            raise TypeError(f"x has dtype {x.dtype} and the layer {self.query.weight.dtype}; convert one of them")
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape (B, N, {self.dim}), not {tuple(x.shape)}")
         if size is None and self.spatial_dims == 1:
             size = x.shape[1]
         lengths: tuple[Any, ...] = tuple(size) if isinstance(size, (tuple, list)) else (size,)
-        if len(lengths) != self.spatial_dims or any(isinstance(k, float) for k in lengths):
+        # A size may be a symbol of a traced program, or a tensor of one.
+        whole = all(isinstance(k, (int, torch.SymInt)) or _is_integer_or_scalar(k) for k in lengths)
+        if len(lengths) != self.spatial_dims or not whole:
             wanted = "N or (N,) of a sequence" if self.spatial_dims == 1 else "(H, W) of an image of N = H·W tokens"
-            raise ValueError(f"size must be {wanted}, not {size}; x has shape {tuple(x.shape)}")
+            raise ValueError(f"size must be {wanted}, not {shown(size)}; x has shape {tuple(x.shape)}")
         if x.shape[1] != math.prod(lengths):
             raise ValueError(f"x has {x.shape[1]} tokens (shape {tuple(x.shape)}), not the {_listed(lengths)} of size")
         if min(lengths) < (self.stride or 1):
@@ -322,10 +354,16 @@ class SoftmaxFreeAttention(nn.Module):
                 "queries cannot be combined with value_kernel: the convolution of the values lives on the image of x, "
                 "where queries have no place; build the layer with value_kernel=None"
             )
+        if not isinstance(queries, Tensor) or not queries.is_floating_point():
+            given = queries.dtype if isinstance(queries, Tensor) else type(queries).__name__
+            raise TypeError(f"queries must be a tensor of floating dtype, not {given}; convert them first")
         if queries.ndim != 3 or queries.shape[0] != x.shape[0] or queries.shape[2] != self.dim:
             raise ValueError(f"queries must have shape ({x.shape[0]}, N', {self.dim}), not {tuple(queries.shape)}")
         if queries.device != x.device:
             raise ValueError(f"x is on device {x.device} and queries on {queries.device}; move one of them")
+        namespace(queries=queries)
+        if queries.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x has dtype {x.dtype} and queries {queries.dtype}; convert one of them")
 
     def _check_mask(self, x: Tensor, mask: Tensor, queries: Tensor | None) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -388,7 +426,8 @@ def gaussian_attention(q: Tensor, v: Tensor, /, *, lengthscale: float | None = N
     TypeError
         If ``q`` and ``v`` are not tensors of one floating dtype.
     ValueError
-        If ``q`` and ``v`` differ in leading axes or tokens, or ``lengthscale`` is not positive.
+        If ``q`` and ``v`` have fewer than two axes, differ in leading axes or tokens, or are on different devices, or
+        ``lengthscale`` is no positive, finite number.
 
     Examples
     --------
@@ -405,13 +444,18 @@ def gaussian_attention(q: Tensor, v: Tensor, /, *, lengthscale: float | None = N
         raise ValueError(
             f"q and v must have shapes (..., n, d), (..., n, e), equal but for the last axis, not {shapes}"
         )
-    ell = q.shape[-1] ** 0.25 if lengthscale is None else lengthscale
-    if not ell > 0:
-        raise ValueError(f"lengthscale must be positive, not {ell}")
+    namespace(q=q, v=v)
+    ell = q.shape[-1] ** 0.25 if lengthscale is None else number(lengthscale)
+    if not 0 < ell < math.inf:
+        raise ValueError(f"lengthscale must be positive, not {shown(lengthscale)}")
     working = torch.promote_types(q.dtype, torch.float32)
     with arithmetic(q):
         x = (q.to(working) - q.to(working).mean(-2, keepdim=True)) / ell
         return gaussian_product(x, x, v.to(working)).to(q.dtype)
+
+
+def _is_integer_or_scalar(value: Any) -> bool:
+    return is_integer(value) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def _listed(size: tuple[int, ...]) -> str:

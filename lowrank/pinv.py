@@ -9,12 +9,11 @@ options, the textbook iteration, the library's own factorisations, the derivativ
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, overload
-
-import numpy as np
 
 from lowrank import _fused
 from lowrank._array import (
@@ -23,14 +22,18 @@ from lowrank._array import (
     arithmetic,
     broadcast_shapes,
     carries_derivative,
+    check_flag,
     device,
     has_derivative,
     identity,
     is_half,
+    is_integer,
     is_traced,
     matrix_transpose_conj,
     namespace,
+    number,
     real_dtype,
+    shown,
     stop_gradient,
 )
 from lowrank._definite import scaled_newton
@@ -165,10 +168,16 @@ def pinv_newton(
     Raises
     ------
     TypeError
-        If ``a`` is not an array of floating dtype.
+        If ``a`` is not an array of floating dtype, ``alpha`` is neither a number nor a real floating array of its
+        library, or ``hermitian`` or ``return_info`` is neither True nor False.
     ValueError
         If ``a`` has fewer than two axes or is not square where ``hermitian`` says so; if an option is out of
         range, or contradicts another.
+
+    Warns
+    -----
+    RuntimeWarning
+        If ``a`` carries derivatives (torch) and a singular value lies at the cutoff: the rank is undecided.
 
     Notes
     -----
@@ -194,8 +203,11 @@ def pinv_newton(
     (True, 1)
     """
     xp = namespace(a=a)
-    _check_options(a, rtol, hermitian, ridge, alpha, steps, method)
+    _check_options(a, rtol, hermitian, ridge, steps, method, return_info)
     _check_schedule(ridge, upper, tol, steps, method)
+    alpha = _checked_alpha(alpha, a, steps, xp)
+    # Of whatever kind the numbers are.
+    ridge, rtol, upper, tol = float(ridge), *(None if v is None else float(v) for v in (rtol, upper, tol))
     given = a
     if is_half(a):
         a = xp.astype(a, xp.float32)
@@ -235,50 +247,66 @@ def _check_options(
     rtol: float | None,
     hermitian: bool,
     ridge: float,
-    alpha: float | Array | None,
     steps: int | None,
     method: str,
+    return_info: bool,
 ) -> None:
     shape = tuple(a.shape)
+    for name, flag in (("hermitian", hermitian), ("return_info", return_info)):
+        check_flag(name, flag)
     if a.ndim < 2:
         raise ValueError(f"a must have shape (..., m, n), not {shape}")
     if hermitian and shape[-1] != shape[-2]:
         raise ValueError(f"hermitian=True needs square matrices, a has shape {shape}")
-    if not (isinstance(ridge, (int, float, np.number)) and math.isfinite(ridge) and ridge >= 0):
-        raise ValueError(f"ridge must be a finite number >= 0, not {ridge!r}")
+    if not 0 <= number(ridge) < math.inf:
+        raise ValueError(f"ridge must be a finite number >= 0, not {shown(ridge)}")
     if ridge > 0 and not hermitian:
         raise ValueError(f"ridge={ridge!r} declares a positive semidefinite; pass hermitian=True as well")
-    if rtol is not None and not (isinstance(rtol, (int, float, np.number)) and 0 <= rtol < 1):
-        raise ValueError(f"rtol must be a number in [0, 1), not {rtol!r}")
+    if rtol is not None and not 0 <= number(rtol) < 1:
+        raise ValueError(f"rtol must be a number in [0, 1), not {shown(rtol)}")
     if rtol is not None and (steps is not None or ridge > 0):
         raise ValueError(
             f"rtol={rtol!r} has no meaning with {'steps' if steps is not None else 'ridge > 0'}; leave it out"
         )
-    if method not in ("newton", "direct"):
-        raise ValueError(f"method must be 'newton' or 'direct', not {method!r}")
+    if not isinstance(method, str) or method not in ("newton", "direct"):
+        raise ValueError(f"method must be 'newton' or 'direct', not {shown(method)}")
     if steps is not None:
-        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
-            raise ValueError(f"steps must be an integer >= 0, not {steps!r}")
+        if not is_integer(steps) or steps < 0:
+            raise ValueError(f"steps must be an integer >= 0, not {shown(steps)}")
         if method == "direct":
-            raise ValueError("steps belongs to method='newton'; leave it out for method='direct'")
-    if alpha is not None:
-        if steps is None:
-            raise ValueError("alpha scales the start of the textbook iteration; pass steps as well")
-        alpha_shape = tuple(getattr(alpha, "shape", ()))
-        try:
-            fits = broadcast_shapes(alpha_shape, shape[:-2]) == shape[:-2]
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(f"alpha has shape {alpha_shape}, which does not broadcast to the batch {shape[:-2]} of a")
+            raise ValueError(f"steps belongs to method='newton' (steps={steps}); leave it out for method='direct'")
+
+
+def _checked_alpha(alpha: Any, a: Array, steps: int | None, xp: Namespace) -> Any:
+    """α as a float, or as an array of the real dtype that a is computed in."""
+    if alpha is None:
+        return None
+    if steps is None:
+        raise ValueError(f"alpha={shown(alpha)} scales the start of the textbook iteration; pass steps as well")
+    if isinstance(alpha, numbers.Real):
+        if not math.isfinite(number(alpha)):
+            raise ValueError(f"alpha must be finite, not {shown(alpha)}")
+        return float(alpha)
+    if namespace(alpha=alpha) is not xp:
+        raise TypeError(f"alpha is a {type(alpha).__module__} array and a is not; bring both to one library")
+    if xp.isdtype(alpha.dtype, "complex floating"):
+        raise TypeError(f"alpha has dtype {alpha.dtype}; a real one is needed")
+    shape, batch = tuple(alpha.shape), tuple(a.shape[:-2])
+    try:
+        fits = broadcast_shapes(shape, batch) == batch
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"alpha has shape {shape}, which does not broadcast to the batch {batch} of a")
+    return xp.astype(alpha, xp.float32 if is_half(a) else real_dtype(a, xp), copy=False)
 
 
 def _check_schedule(ridge: float, upper: float | None, tol: float | None, steps: int | None, method: str) -> None:
     for name, value, most in (("upper", upper, math.inf), ("tol", tol, 1.0)):
         if value is None:
             continue
-        if not (isinstance(value, (int, float, np.number)) and 0 < value < most):
-            raise ValueError(f"{name} must be a number above 0 and below {most}, not {value!r}")
+        if not 0 < number(value) < most:
+            raise ValueError(f"{name} must be a number above 0 and below {most}, not {shown(value)}")
         if ridge == 0 or steps is not None or method != "newton":
             raise ValueError(
                 f"{name}={value!r} belongs to method='newton' with ridge > 0 and without steps; leave it out"

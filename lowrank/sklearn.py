@@ -180,6 +180,11 @@ class _KernelFeatures(BaseEstimator):
                 )
             chosen = self._drawn(X, min(self.n_components, n))
         chosen = chosen if is_array_api_obj(chosen) or issparse(chosen) else np.asarray(chosen)
+        if chosen.ndim not in (1, 2):
+            raise ValueError(
+                f"landmarks must be indices (k,) or points (k, n_features), not of shape {tuple(chosen.shape)} and "
+                f"dtype {chosen.dtype}"
+            )
         if chosen.ndim != 1:
             return self._checked_points(chosen, X), None
         indices = _checked_indices(to_host(chosen), n)
@@ -228,6 +233,8 @@ class _KernelFeatures(BaseEstimator):
     def _checked_points(self, points: Any, X: Any) -> Any:
         if self._precomputed:
             raise ValueError(f"kernel='precomputed' has no points; landmarks of shape {points.shape} must be indices")
+        if points.shape[0] == 0:
+            raise ValueError("there are no landmarks; give one at least")
         points = check_array(points, accept_sparse="csr", input_name="landmarks")
         if points.shape[1] != X.shape[1]:
             raise ValueError(f"landmarks have {points.shape[1]} features and X (shape {X.shape}) has {X.shape[1]}")
@@ -330,12 +337,6 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelFeature
     feature_names_in_ : array, one name for each feature
         Where X has names.
 
-    Raises
-    ------
-    ValueError
-        By ``fit``: if X has NaN or infinite values or the kernel returns any, landmarks do not fit X, ``rtol`` comes
-        with another rule than ``"rpcholesky"``, or gamma, coef0 or degree with a kernel that does not take them.
-
     Notes
     -----
     Single precision: the kernel matrix of the landmarks and its eigendecomposition are computed in float64, and
@@ -381,6 +382,21 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelFeature
         -------
         Nystroem
             Itself.
+
+        Raises
+        ------
+        InvalidParameterError
+            A ValueError of scikit-learn's: if a parameter of the class is of another type or out of range.
+        ValueError
+            If X is not a matrix of real numbers, has no rows, has NaN or infinite values, or is not square where it is
+            the kernel matrix; if the kernel returns NaN or infinite values, or is not symmetric; if landmarks are
+            neither indices nor points, are empty, do not fit X, or are to be means of a sparse X; if ``rtol`` comes
+            with another rule than ``"rpcholesky"``, or gamma, coef0 or degree with a kernel that does not take them.
+
+        Warns
+        -----
+        UserWarning
+            If n_components is more than there are samples.
         """
         X = _floating(validate_data(self, X, accept_sparse="csr"))
         self._fit_landmarks(X)
@@ -399,6 +415,15 @@ class Nystroem(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _KernelFeature
         -------
         array, shape (n_samples, n_components)
             In the dtype of the data that were fitted.
+
+        Raises
+        ------
+        NotFittedError
+            If ``fit`` has not been called.
+        ValueError
+            If X is not a matrix of real numbers, has no rows, has NaN or infinite values, other features than the data
+            that were fitted or, where arrays are dispatched on, another library or device; or if the kernel returns NaN
+            or infinite values.
         """
         check_is_fitted(self)
         X = self._validated(X, "transform")
@@ -433,11 +458,6 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, _KernelFeatures):
         Over all calls of ``partial_fit``.
     components_, component_indices_, normalization_, clipped_mass_, n_features_in_, feature_names_in_
         As for :class:`Nystroem`.
-
-    Raises
-    ------
-    ValueError
-        As for :class:`Nystroem`, and if α is too small for the features to determine c: the message names their rank.
 
     Notes
     -----
@@ -523,6 +543,20 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, _KernelFeatures):
         -------
         NystroemRidge
             Itself.
+
+        Raises
+        ------
+        InvalidParameterError
+            As :meth:`Nystroem.fit`.
+        ValueError
+            As :meth:`Nystroem.fit`, and if y does not have a row of finite numbers for each sample; if sample_weight
+            does not have one for each, or a negative one, or one that is not finite; if α is too small for the features
+            to determine c: the message names their rank.
+
+        Warns
+        -----
+        UserWarning
+            As :meth:`Nystroem.fit`.
         """
         return self._fit_chunk(X, y, sample_weight, first=True)
 
@@ -541,6 +575,18 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, _KernelFeatures):
         -------
         NystroemRidge
             Itself.
+
+        Raises
+        ------
+        InvalidParameterError
+            As :meth:`NystroemRidge.fit`.
+        ValueError
+            As :meth:`NystroemRidge.fit`, and if X has other features, or y other targets, than the first chunk.
+
+        Warns
+        -----
+        UserWarning
+            As :meth:`NystroemRidge.fit`.
         """
         return self._fit_chunk(X, y, sample_weight, first=not hasattr(self, "coef_"))
 
@@ -564,9 +610,11 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, _KernelFeatures):
 
         Raises
         ------
+        NotFittedError
+            As :meth:`Nystroem.transform`.
         ValueError
-            If ``return_std`` is asked of a precomputed kernel, whose k(x, x) at new points is not known, or of one
-            that is not positive semidefinite, which is no covariance.
+            As :meth:`Nystroem.transform`, and if ``return_std`` is asked of a precomputed kernel, whose k(x, x) at new
+            points is not known, or of one that is not positive semidefinite, which is no covariance.
         """
         check_is_fitted(self)
         X = self._validated(X, "predict")
@@ -595,6 +643,8 @@ class NystroemRidge(MultiOutputMixin, RegressorMixin, _KernelFeatures):
             )
         weights = None
         if sample_weight is not None:
+            if isinstance(sample_weight, Real) and not math.isfinite(sample_weight):
+                raise ValueError(f"sample_weight must be finite, not {sample_weight}")
             weights = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
         if first:
             X = _floating(X)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +23,14 @@ from lowrank._array import (
     Namespace,
     arithmetic,
     carries_derivative,
+    check_flag,
     device,
     from_host,
+    is_half,
     is_traced,
     namespace,
+    number,
+    shown,
     solve_triangular,
     to_host,
     widest_real,
@@ -183,16 +186,20 @@ def kernel_ridge(
     ------
     TypeError
         If ``x`` and ``y`` are not arrays of one library and of one dtype, float32 or float64, carry derivatives or
-        belong to a traced program; if ``kernel`` is not callable.
+        belong to a traced program; if ``kernel`` is not callable, returns no array of the library and dtype of its
+        points, or has parameters that carry derivatives; if ``progress`` is neither True nor False; or as
+        :func:`nystrom` for ``rank``, ``landmarks`` and ``rng``.
     ValueError
-        If the shapes do not fit, values are NaN or infinite, ``ridge`` or ``tol`` is out of range, the ridge is too
-        small for the tolerance and the precision, or the kernel turns out not to be positive semidefinite.
+        If shapes or devices do not fit, values are NaN or infinite, ``ridge`` or ``tol`` is out of range, the ridge is
+        too small for the tolerance and the precision, or the kernel turns out not to be positive semidefinite; or as
+        :func:`nystrom` for ``rank``, ``rtol``, ``landmarks`` and ``rng``.
+    ImportError
+        If ``progress`` is asked for and tqdm is not installed.
 
     Warns
     -----
     RuntimeWarning
-        If a column does not get to ``tol``, in the steps of the bound or because its true residual has stopped falling:
-        rounding is in the way. In float32 it is α itself that cannot be stored well enough.
+        If a column does not get to ``tol``: rounding is in the way.
 
     Notes
     -----
@@ -202,7 +209,9 @@ def kernel_ridge(
     ``rtol = κ·ridge/n`` asks for a condition number of κ. Where the spectrum does not decay no rank gets there, and the
     bound says so.
 
-    In float32 the steps use kernel values in float32 and every tenth residual, and the last, values in float64.
+    In float32 the steps use kernel values in float32 and every tenth residual, and the last, values in float64. A
+    column ends short of ``tol`` where its true residual has stopped falling, or after the steps of the bound; in
+    float32 it is α itself that cannot be stored well enough.
 
     Examples
     --------
@@ -214,8 +223,14 @@ def kernel_ridge(
     array([0.48, 0.84])
     """
     xp, columns, scale = _checked(x, y, kernel, ridge, tol)
-    tol = tol or _default_tol(x, xp)
+    check_flag("progress", progress)
+    ridge, tol = float(ridge), _default_tol(x, xp) if tol is None else float(tol)
     low_rank = nystrom(x, kernel=kernel, landmarks=landmarks, rank=rank, rtol=rtol, rng=rng)
+    if low_rank.factor.ndim != 2:
+        raise ValueError(
+            f"landmarks are several sets of points, and the factor has the shape {tuple(low_rank.factor.shape)}; "
+            "give one set, of shape (k, d)"
+        )
     if carries_derivative(low_rank.factor):
         raise TypeError(
             "the kernel's parameters carry derivatives, and the number of steps depends on values; detach them"
@@ -257,7 +272,7 @@ def kernel_ridge(
         coefficients,
         x,
         kernel,
-        ridge=float(ridge),
+        ridge=ridge,
         iterations=iterations,
         bound=bound,
         residual=residual,
@@ -429,7 +444,10 @@ def _shown(progress: bool, bound: int) -> Iterator[Callable[[int, float], None]]
     if not progress:
         yield lambda steps, residual: None
         return
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError as missing:
+        raise ImportError("progress=True draws by tqdm, which is not installed: pip install tqdm") from missing
 
     with tqdm(total=bound, desc="kernel_ridge", unit="step") as bar:
 
@@ -460,10 +478,12 @@ def _warn_above(tol: float, residual: Array) -> None:
 def _checked(x: Array, y: Array, kernel: Any, ridge: Any, tol: Any) -> tuple[Namespace, Array, Array]:
     """The namespace, y as columns with entries up to 1 in the widest dtype, and the powers of two that took."""
     xp = namespace(x=x, y=y)
+    if is_half(x) or xp.isdtype(x.dtype, "complex floating"):
+        raise TypeError(f"x has dtype {x.dtype} (shape {tuple(x.shape)}); convert it and y to float32 or float64")
     if not callable(kernel):
         raise TypeError(
-            f"kernel must be a callable (a, b) ↦ block, not {kernel!r}; for a matrix K that is at hand, factor it with "
-            "nystrom(K, kernel=None, …) or solve with it directly"
+            f"kernel must be a callable (a, b) ↦ block, not {shown(kernel)}; for a matrix K that is at hand, factor "
+            "it with nystrom(K, kernel=None, …) or solve with it directly"
         )
     if x.ndim != 2 or y.ndim not in (1, 2) or y.shape[0] != x.shape[0] or x.shape[0] == 0:
         raise ValueError(
@@ -471,9 +491,9 @@ def _checked(x: Array, y: Array, kernel: Any, ridge: Any, tol: Any) -> tuple[Nam
             "of shape (n,) or (n, t)"
         )
     for name, value, most in (("ridge", ridge, math.inf), ("tol", 0.5 if tol is None else tol, 1)):
-        if not (isinstance(value, numbers.Real) and 0 < float(value) < most):
+        if not 0 < number(value) < most:
             upper = "finite" if most == math.inf else "below 1"
-            raise ValueError(f"{name} must be a positive number, {upper}, not {value!r}")
+            raise ValueError(f"{name} must be a positive number, {upper}, not {shown(value)}")
     for name, array in (("x", x), ("y", y)):
         if is_traced(array) or carries_derivative(array):
             raise TypeError(
