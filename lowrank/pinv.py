@@ -132,7 +132,7 @@ def pinv_newton(
         cutoff is too; ``info.cutoff`` holds the value used.
     hermitian : bool
         Declares that ``a`` equals its conjugate transpose, up to √eps of its largest entry; the Hermitian part is
-        what is inverted. The result equals its own conjugate transpose to the last bit, but with ``tol``.
+        what is inverted. The result equals its own conjugate transpose to the last bit, but with ``tol`` or ``steps``.
     ridge : float
         δ > 0 declares ``a`` Hermitian positive semidefinite (``hermitian=True`` is required) and means
         ``a + δ I`` throughout. The number of steps then follows from δ and a bound on ‖a‖.
@@ -160,8 +160,8 @@ def pinv_newton(
     -------
     x : array, shape (..., n, m)
         Of the dtype, on the device and of the library of ``a``. A batch element that holds NaN or Inf, or
-        contradicts what was declared of it (``hermitian``, or ``ridge`` with an eigenvalue below −δ, or δ too
-        small for the precision), is NaN; its neighbours are unaffected, bit for bit.
+        contradicts what was declared of it (``hermitian``, or, without ``steps``, ``ridge`` with an eigenvalue below
+        −δ or δ too small for the precision), is NaN; its neighbours are unaffected, bit for bit.
     info : PinvInfo
         Only with ``return_info=True``.
 
@@ -234,9 +234,9 @@ def pinv_newton(
                 x, work = _differentiable(solve, a, full_rank=ridge > 0, xp=xp)
                 if ridge == 0 and carries_derivative(a) and not is_traced(a):
                     _warn_unless_idempotent(stop_gradient(a), stop_gradient(x), xp)
-                if hermitian:
-                    valid = work.valid & declared
-                    x, work = or_nan(valid, x, xp), work._replace(valid=valid)
+            if hermitian:
+                valid = work.valid & declared
+                x, work = or_nan(valid, x, xp), work._replace(valid=valid)
         info = _certificate(stop_gradient(a), stop_gradient(x), work, ridge, xp) if return_info else None
     x = xp.astype(x, given.dtype) if is_half(given) else x
     return x if info is None else (x, info)

@@ -445,6 +445,9 @@ def test_info_names_what_went_wrong(xp: Backend):
     assert to_host(info.rank).tolist() == [3, -1, -1, 3, 3]
     x, info = pinv_newton(a, hermitian=True, ridge=0.01, method="direct", return_info=True)
     assert to_host(info.finite).tolist() == [True, False, False, False, False]
+    x, info = pinv_newton(a, hermitian=True, steps=3, return_info=True)
+    assert to_host(info.finite).tolist() == [True, False, False, True, True]
+    assert np.isnan(to_host(x)).all(axis=(1, 2)).tolist() == [False, True, True, False, False]
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0), (0, 3, 2), (2, 0, 2), (0, 3, 3)])

@@ -52,6 +52,9 @@ def test_given_matrix_and_other_kernels():
     k = nystrom(K, kernel=None, landmarks=[1, 2, 3])
     assert k.landmarks is None
     np.testing.assert_allclose(k.factor, nystrom(X, landmarks=[1, 2, 3]).factor, rtol=0, atol=1e-12)
+    both = nystrom(np.stack([K, K @ K]), kernel=None, landmarks=[1, 2, 3]).factor
+    np.testing.assert_allclose(both[0], k.factor, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(both[1], nystrom(K @ K, kernel=None, landmarks=[1, 2, 3]).factor, rtol=0, atol=1e-12)
     kernel = partial(laplacian_kernel, lengthscale=0.5)
     assert errors(nystrom(X, kernel=kernel, rank=30, rng=1), kernel(X, X)).min() > -1e-13
 
@@ -90,6 +93,7 @@ def test_batches_and_single_precision():
     assert k.factor.dtype == np.float32
     for one, factor in zip(batch, k.factor, strict=True):
         np.testing.assert_allclose(factor, nystrom(one, landmarks=[1, 5, 7]).factor, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(nystrom(batch, landmarks=batch[:, [1, 5, 7]]).factor, k.factor, rtol=0, atol=1e-5)
     repeated = np.repeat(X[:5], 12, axis=0).astype(np.float32) + 100
     k = nystrom(repeated, landmarks=list(range(60)))
     rest = gaussian_kernel(repeated, repeated).astype(float) - k.factor.astype(float) @ k.factor.T.astype(float)
@@ -117,6 +121,7 @@ def test_what_the_factor_is_for():
         (X + 0j, {"rank": 2}, TypeError, "convert it to float32 or float64"),
         (X[:, 0], {"rank": 2}, ValueError, "x must have at least two axes"),
         (X, {"kernel": None, "rank": 2}, ValueError, "must be square, not of shape"),
+        (np.ones((2, 3, 4)), {"kernel": None, "rank": 2}, ValueError, "must be square, not of shape"),
         (np.where(np.arange(60)[:, None] == 7, np.nan, X), {"rank": 2}, ValueError, "7"),
         (X, {"landmarks": "kmeans", "rank": 2}, ValueError, "landmarks must be one of"),
         (X, {"landmarks": 3}, TypeError, "landmarks must be a name, a callable, indices or points, not int"),
@@ -134,6 +139,7 @@ def test_what_the_factor_is_for():
         (X, {"landmarks": np.full((1, 2), np.inf)}, ValueError, "landmarks"),
         (K, {"landmarks": np.zeros((2, 60)), "kernel": None}, ValueError, "landmarks are points"),
         (X, {"landmarks": "rpcholesky", "rtol": 1.0}, ValueError, r"rtol must be a number in \[0, 1\), not 1.0"),
+        (X, {"landmarks": lambda x, **_: [0], "rtol": 1.0}, ValueError, r"rtol must be a number in \[0, 1\), not 1.0"),
         (X, {"landmarks": "rpcholesky", "rtol": -0.1}, ValueError, r"rtol must be a number in \[0, 1\), not -0.1"),
         (X, {"landmarks": "rpcholesky", "rtol": "x"}, ValueError, r"rtol must be a number in \[0, 1\), not 'x'"),
         (X, {"landmarks": [1], "rtol": 0.1}, ValueError, "and these are given; leave it out"),

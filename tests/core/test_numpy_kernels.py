@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lowrank import kernels
+from lowrank._array import namespace
 from lowrank.kernels import (
     gaussian_kernel,
     gaussian_matmul,
@@ -40,14 +41,20 @@ def distances(x, y):
 def test_kernels(kernel, spread):
     x, y = spread * points(2, 7, 3), spread * points(2, 5, 3, seed=1)
     y[:, 0] = x[:, 0]
-    for lengthscale in (1.0, 2, np.array(0.5), np.array([0.5, 1.0, 2.0])):
-        block = kernel(x, y, lengthscale=lengthscale)
+    for options in ({}, *({"lengthscale": given} for given in (2, np.array(0.7), np.array([0.3, 1.1, 2.3])))):
+        block, lengthscale = kernel(x, y, **options), options.get("lengthscale", 1.0)
         expected = PROFILES[kernel](distances(x / lengthscale, y / lengthscale))
         # 30 eps of an entry; of r near 0, where the Laplacian has a kink, √eps of the expansion's.
         np.testing.assert_allclose(block, expected, rtol=0, atol=1e-7 if kernel is laplacian_kernel else 1e-14)
         assert block.shape == (2, 7, 5)
     np.testing.assert_allclose(block[:, 0, 0], 1.0, rtol=0, atol=1e-7)
     assert (kernel(x, y[0]) == kernel(x, np.stack([y[0], y[0]]))).all()
+
+
+@pytest.mark.parametrize("kernel", PROFILES, ids=lambda kernel: kernel.__name__)
+def test_kernels_at_whole_distances(kernel):
+    x = np.array([[0.0], [1.0], [2.0]])
+    np.testing.assert_allclose(kernel(x, x), PROFILES[kernel](distances(x, x)), rtol=0, atol=1e-14)
 
 
 def test_squared_distances_are_right_far_away():
@@ -79,12 +86,22 @@ def test_way_is_chosen_for_each_batch_element(monkeypatch):
     block = gaussian_kernel(both, both)
     assert sorted(set(calls)) == ["_expansion", "_sums"]
     np.testing.assert_allclose(block, np.exp(-(distances(both, both) ** 2) / 2), rtol=0, atol=1e-14)
-    # S = max‖u‖² + max‖v‖² of points about the mean of y: 8 is where it turns.
-    for radius, way in ((1.99, "_expansion"), (2.01, "_sums")):
-        ring = radius * np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-        calls.clear()
-        gaussian_kernel(ring, ring)
-        assert calls == [way]
+    # S = max‖u‖² + max‖v‖² of points about the mean of y, in units of ℓ: up to 8 it is the expansion.
+    ring = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    for (radius, way), lengthscale in itertools.product(((2.0, "_expansion"), (2.01, "_sums")), (0.5, 1.0, 2.0)):
+        x, y = lengthscale * radius * ring + 64, lengthscale * 2 * ring + 64
+        for pair in ((x, y), (y, x)):
+            calls.clear()
+            gaussian_kernel(*pair, lengthscale=lengthscale)
+            assert calls == [way]
+
+
+def test_expansion_alone():
+    x, y = points(6, 2), points(5, 2, seed=1) + 10
+    found = kernels._expanded_squared_distances(x, y, namespace(x=x))
+    # To (d + 8)·eps of S, however large that is.
+    spread = sum((distances(given, y.mean(0)[None]) ** 2).max() for given in (x, y))
+    np.testing.assert_allclose(found, distances(x, y) ** 2, rtol=0, atol=10 * np.finfo(float).eps * spread)
 
 
 def test_sums_in_chunks_are_the_same(monkeypatch):
@@ -111,14 +128,35 @@ def test_matmul_forms_no_large_block(monkeypatch):
     original = kernels._gaussian
     monkeypatch.setattr(kernels, "_gaussian", lambda d2, xp: sizes.append(d2.size) or original(d2, xp))
     monkeypatch.setattr(kernels, "_BLOCK_ENTRIES", 100)
-    gaussian_matmul(points(2, 31, 2), points(2, 29, 2), points(2, 29, 1))
-    assert max(sizes) <= 100
-    assert len(sizes) < 2 * 31 * 29 / 100 * 2.5
+    for x, y in itertools.product((points(2, 31, 2), points(31, 2)), (points(2, 29, 2), points(29, 2))):
+        sizes.clear()
+        gaussian_matmul(x, y, points(2, 29, 1))
+        assert max(sizes) <= 100
+        assert len(sizes) < sum(sizes) / 100 * 2.5
+    monkeypatch.setattr(kernels, "_BLOCK_ENTRIES", 1)
+    sizes.clear()
+    gaussian_matmul(points(2, 3, 2), points(4, 2), points(4, 1))
+    assert sizes == [2] * 12  # one entry for each batch element
+    monkeypatch.undo()
+
+
+def test_blocks_are_as_large_as_promised(monkeypatch):
+    """2²⁰ entries at the most, in two blocks where it is a few more."""
+    sizes = []
+    original = kernels._gaussian
+    monkeypatch.setattr(kernels, "_gaussian", lambda d2, xp: sizes.append(d2.size) or original(d2, xp))
+    x, y, v = points(1100, 1), points(1000, 1, seed=1), points(1000, 1, seed=2)
+    product = gaussian_matmul(x, y, v)
+    assert max(sizes) <= 2**20
+    assert len(sizes) == 2
+    np.testing.assert_allclose(product, gaussian_kernel(x, y) @ v, rtol=0, atol=1e-12)
 
 
 def test_empty_blocks():
     assert gaussian_kernel(np.zeros((0, 2)), np.zeros((3, 2))).shape == (0, 3)
     assert squared_distances(np.zeros((4, 0)), np.zeros((3, 0))).tolist() == [[0.0] * 3] * 4
+    assert laplacian_kernel(np.zeros((2, 4, 0)), np.zeros((3, 0))).tolist() == [[[1.0] * 3] * 4] * 2
+    assert laplacian_kernel(np.zeros((4, 0)), np.zeros((2, 3, 0))).tolist() == [[[1.0] * 3] * 4] * 2
     assert (
         gaussian_matmul(np.zeros((4, 2)), np.zeros((0, 2)), np.zeros((5, 0, 3))).tolist()
         == np.zeros((5, 4, 3)).tolist()
@@ -140,6 +178,7 @@ def test_median_lengthscale():
     x = points(30, 3)
     pairs = [np.linalg.norm(a - b) for a, b in itertools.combinations(x, 2)]
     assert math.isclose(median_lengthscale(x), np.median(pairs), rel_tol=1e-14)
+    assert median_lengthscale(np.array([[0.0, 0.0], [3.0, 4.0]])) == 5.0
     assert math.isclose(median_lengthscale(1e200 * x), 1e200 * np.median(pairs), rel_tol=1e-14)
     assert math.isclose(median_lengthscale(1e-200 * x), 1e-200 * np.median(pairs), rel_tol=1e-14)
     many = points(2000, 3, seed=4)
@@ -150,16 +189,25 @@ def test_median_lengthscale():
     first, second = kernels._pairs(400, np.random.default_rng(0))
     assert len(first) == 2**16
     assert (first != second).all()
-    assert min(first.min(), second.min()) == 0
-    assert max(first.max(), second.max()) == 399
+    assert first.min() == second.min() == 0
+    assert first.max() == second.max() == 399
     assert len(kernels._pairs(362, np.random.default_rng(0))[0]) == 362 * 361 // 2
+    assert len(kernels._pairs(363, np.random.default_rng(0))[0]) == 2**16
 
 
 def test_median_in_parts(monkeypatch):
+    sizes = []
+    original = kernels._widened
+    monkeypatch.setattr(kernels, "_widened", lambda xp, gap: sizes.append(gap.size) or original(xp, gap))
+    median_lengthscale(points(400, 8), rng=0)
+    assert sizes == [2**18, 2**18]
     x = points(40, 3)
     whole = median_lengthscale(x)
-    monkeypatch.setattr(kernels, "_CACHE_ENTRIES", 50)
-    assert median_lengthscale(x) == whole
+    for entries, most in ((50, 48), (1, 3)):
+        monkeypatch.setattr(kernels, "_CACHE_ENTRIES", entries)
+        sizes.clear()
+        assert median_lengthscale(x) == whole
+        assert max(sizes) == most
 
 
 X = np.zeros((4, 2))
