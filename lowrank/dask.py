@@ -2,9 +2,9 @@
 
 With the landmarks z and the core L, the factor F = k(x, z) L⁻ᵀ of :mod:`lowrank.factor` is computed row by row: a chunk
 of F needs a chunk of x and k·(d + k) numbers, and whatever is small in the end, FᵀF for one, is a sum over chunks.
-That is all this room rests on. Tasks are pure functions of their chunk, which is why any scheduler gives one result and
-a lost worker changes nothing. Chunks may be of any array library that Dask can hold (NumPy, CuPy); what has the size of
-the landmarks lives on the host, as NumPy arrays.
+That is all this room rests on; what a task computes of its chunk is in ``_chunk``. Tasks are pure functions, which is
+why any scheduler gives one result and a lost worker changes nothing. Chunks may be of any array library that Dask can
+hold (NumPy, CuPy); what has the size of the landmarks lives on the host, as NumPy arrays.
 
 Landmarks are drawn by randomly pivoted Cholesky in the block form with rejection of Epperly, Tropp & Webber,
 "Embrace rejection: kernel matrix approximation by accelerated randomly pivoted Cholesky", arXiv 2410.03969, 2024;
@@ -17,17 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import array_api_compat.numpy as host
 import dask
 import dask.array as da
 import numpy as np
 
+from lowrank import _chunk
 from lowrank import landmarks as _landmarks
 from lowrank._array import (
     Array,
-    Namespace,
     arithmetic,
     from_host,
     generator,
@@ -41,10 +41,6 @@ from lowrank._array import (
 from lowrank._core import SHIFT, checked_block, checked_symmetric, shifted_cholesky, solve_right
 from lowrank.factor import _as_array, _checked_indices, _checked_landmark_points
 from lowrank.kernels import gaussian_kernel
-
-# Entries of k(x, z) that a task holds at a time, whatever the size of its chunk: with the float64 copies of the solve
-# some 100 MiB per thread. A chunk of x that is comfortable in memory is not so with rank/d times as many columns.
-_BLOCK_ENTRIES = 2**21
 
 # How many sums a task of the tree adds up: few enough that the adding starts while chunks are being read.
 _FAN_IN = 8
@@ -126,8 +122,8 @@ class ChunkedLowRank:
             chunked along the features. While chunks are being computed: if one holds NaN or infinite values, naming its
             first such row by its number.
         """
-        core = _Core(self.landmarks, self.cholesky, self.kernel)
-        return _by_rows(_feature_rows, x_new, core, name="x_new", columns=self.rank)
+        core = _chunk.Core(self.landmarks, self.cholesky, self.kernel)
+        return _by_rows(_chunk.feature_rows, x_new, core, name="x_new", columns=self.rank)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -182,9 +178,11 @@ class RidgeFit:
         TypeError, ValueError
             As :meth:`ChunkedLowRank.features`.
         """
-        core = _Core(self.landmarks, self.cholesky, self.kernel)
+        core = _chunk.Core(self.landmarks, self.cholesky, self.kernel)
         columns = None if self.coefficients.ndim == 1 else self.coefficients.shape[1]
-        return _by_rows(_predicted_rows, x_new, core, name="x_new", columns=columns, coefficients=self.coefficients)
+        return _by_rows(
+            _chunk.predicted_rows, x_new, core, name="x_new", columns=columns, coefficients=self.coefficients
+        )
 
 
 def nystrom(
@@ -252,8 +250,8 @@ def nystrom(
     _checked(x, "x")
     _check_kernel(kernel)
     core, pivots = _core(x, kernel, landmarks, rank, rng)
-    factor = _by_rows(_feature_rows, x, core, name="x", columns=len(core.landmarks))
-    left = da.map_blocks(_unexplained, x, factor, kernel=kernel, drop_axis=1, dtype=np.float64, meta=x._meta)
+    factor = _by_rows(_chunk.feature_rows, x, core, name="x", columns=len(core.landmarks))
+    left = da.map_blocks(_chunk.unexplained, x, factor, kernel=kernel, drop_axis=1, dtype=np.float64, meta=x._meta)
     trace_error = left.sum(dtype=np.float64).astype(x.dtype)
     return ChunkedLowRank(
         factor, core.landmarks, pivots, trace_error=trace_error, cholesky=core.cholesky, kernel=kernel
@@ -326,12 +324,12 @@ def ridge(
     core, pivots = _core(x, kernel, landmarks, rank, rng)
     shared = dask.delayed(core, traverse=False)
     parts = [
-        dask.delayed(_sums)(rows, targets, start, shared)
+        dask.delayed(_chunk.sums)(rows, targets, start, shared)
         for (start, rows), targets in zip(_chunks(x), _blocks(y), strict=True)
     ]
     total = dask.compute(_tree(parts))[0]
-    _raise_bad(total.bad_x, "x")
-    _raise_bad(total.bad_y, "y")
+    _chunk.raise_bad(total.bad_x, "x")
+    _chunk.raise_bad(total.bad_y, "y")
     k = len(core.landmarks)
     gram, moments, squares = total.products[:k, :k], total.products[:k, k:], np.diagonal(total.products)[k:]
     coefficients = _ridge_solution(gram, moments, ridge)
@@ -411,15 +409,15 @@ def rpcholesky(
     count = min(max(2 * rank, _LEAST_PROPOSALS), _MOST_PROPOSALS)
     chunks = list(_chunks(x))
     starts = np.asarray([start for start, _ in chunks])
-    core = _Core(np.zeros((0, x.shape[1]), dtype=x.dtype), np.zeros((0, 0)), kernel)
+    core = _chunk.Core(np.zeros((0, x.shape[1]), dtype=x.dtype), np.zeros((0, 0)), kernel)
     pivots, trace, fresh = np.zeros(0, dtype=np.intp), None, 0
     sent: list[Any] = []
     while True:
         left = dask.persist(
-            *[dask.delayed(_residual)(rows, start, sent, kernel, fresh) for start, rows in chunks], traverse=False
+            *[dask.delayed(_chunk.residual)(rows, start, sent, kernel, fresh) for start, rows in chunks], traverse=False
         )
-        found = dask.compute(*[dask.delayed(_summary)(part) for part in left])
-        _raise_bad(min(part.bad for part in found), "x")
+        found = dask.compute(*[dask.delayed(_chunk.summary)(part) for part in left])
+        _chunk.raise_bad(min(part.bad for part in found), "x")
         totals = np.asarray([part.total for part in found])
         if trace is None:
             trace = float(totals.sum())
@@ -441,191 +439,11 @@ def rpcholesky(
         pivots = np.append(pivots, rows[accepted])
         if len(pivots) == rank and rtol == 0:
             return pivots
-        block = _Block(core.landmarks[-fresh:], core.cholesky[-fresh:])
+        block = _chunk.Block(core.landmarks[-fresh:], core.cholesky[-fresh:])
         sent = [*sent, *dask.persist(dask.delayed(block, traverse=False))]
 
 
 _NAMED = ("rpcholesky", "uniform")
-
-
-@dataclass(frozen=True, eq=False)
-class _Core:
-    """What a worker needs for the features of its rows: z in the dtype of x and L in float64, on the host."""
-
-    landmarks: np.ndarray
-    cholesky: np.ndarray
-    kernel: Callable[..., Array]
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """The landmarks that a round added, and their rows of L."""
-
-    landmarks: np.ndarray
-    cholesky: np.ndarray
-
-
-# What a task does with the rows of one chunk
-
-
-def _features(x: Array, core: _Core, xp: Namespace, dtype: Any) -> Array:
-    """k(x, z) L⁻ᵀ for some rows, the kernel in the dtype of x and the solve in the one named."""
-    z = from_host(core.landmarks, x, xp)
-    c = checked_block(core.kernel(x, z), x, z)
-    return solve_right(from_host(core.cholesky, x, xp, dtype=dtype), xp.astype(c, dtype, copy=False), xp)
-
-
-def _diagonal(x: Array, kernel: Callable[..., Array], xp: Namespace) -> Array:
-    """k(x_i, x_i) for every row, in float64 where the library has it."""
-    each = x[:, None, :]
-    diagonal = xp.astype(checked_block(kernel(each, each), each, each)[:, 0, 0], widest_real(x, xp))
-    if bool(xp.any(diagonal < 0)):
-        raise ValueError(f"the kernel has a negative diagonal, k(x, x) = {float(xp.min(diagonal)):.3g} for some row")
-    return diagonal
-
-
-def _feature_rows(x: Array, core: _Core, *, start: int, name: str) -> Array:
-    xp = namespace(x=x)
-    _raise_bad(_first_bad(x, start, xp), name)
-    with arithmetic(x):
-        parts = [_features(x[rows, ...], core, xp, x.dtype) for rows in _row_blocks(x, core)]
-        return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
-
-
-def _predicted_rows(x: Array, core: _Core, *, start: int, name: str, coefficients: np.ndarray) -> Array:
-    xp = namespace(x=x)
-    _raise_bad(_first_bad(x, start, xp), name)
-    wide = widest_real(x, xp)
-    beta = from_host(coefficients, x, xp, dtype=wide)
-    with arithmetic(x):
-        parts = [_features(x[rows, ...], core, xp, wide) @ beta for rows in _row_blocks(x, core)]
-        return xp.astype(parts[0] if len(parts) == 1 else xp.concat(parts, axis=0), x.dtype, copy=False)
-
-
-def _unexplained(x: Array, factor: Array, *, kernel: Callable[..., Array]) -> Array:
-    """The diagonal of K − F Fᵀ for the rows of a chunk; its sum is that of lowrank.factor."""
-    xp = namespace(x=x, factor=factor)
-    diagonal = _diagonal(x, kernel, xp)
-    return xp.clip(diagonal - xp.sum(factor * factor, axis=-1, dtype=diagonal.dtype), min=0.0)
-
-
-class _Sums(NamedTuple):
-    """[F y]ᵀ[F y] and tr(K − F Fᵀ) over some rows, and the first rows that are not finite."""
-
-    products: np.ndarray
-    trace: float
-    bad_x: float
-    bad_y: float
-
-
-def _sums(x: Array, y: Array, start: int, core: _Core) -> _Sums:
-    xp = namespace(x=x, y=y)
-    y = y[:, None] if y.ndim == 1 else y
-    bad_x, bad_y = _first_bad(x, start, xp), _first_bad(y, start, xp)
-    size = len(core.landmarks) + y.shape[1]
-    products, trace = np.zeros((size, size)), 0.0
-    if min(bad_x, bad_y) < math.inf:
-        return _Sums(products, trace, bad_x, bad_y)
-    wide = widest_real(x, xp)
-    with arithmetic(x):
-        for rows in _row_blocks(x, core):
-            f = _features(x[rows, ...], core, xp, wide)
-            left = _diagonal(x[rows, ...], core.kernel, xp) - xp.sum(f * f, axis=-1)
-            both = xp.concat([f, xp.astype(y[rows, ...], wide)], axis=-1)
-            products += to_host(xp.matrix_transpose(both) @ both)
-            trace += float(xp.sum(xp.clip(left, min=0.0)))
-    return _Sums(products, trace, bad_x, bad_y)
-
-
-def _added(parts: Sequence[_Sums]) -> _Sums:
-    products, traces, bad_x, bad_y = zip(*parts, strict=True)
-    return _Sums(sum(products[1:], products[0]), sum(traces), min(bad_x), min(bad_y))
-
-
-class _Residual(NamedTuple):
-    """What is left of the diagonal in a chunk, and the sums of squares of the newest columns of F there."""
-
-    left: Array
-    columns: np.ndarray
-    bad: float
-
-
-class _Summary(NamedTuple):
-    total: float
-    columns: np.ndarray
-    bad: float
-
-
-def _residual(x: Array, start: int, blocks: Sequence[_Block], kernel: Callable[..., Array], fresh: int) -> _Residual:
-    """The diagonal of K − F Fᵀ for the rows of a chunk, and zero where it is rounding.
-
-    L is not shifted here: no pivot's square is below the same floor, 30 eps of its diagonal entry, so that the errors
-    of the solve, about eps·√(k(x, x)·k(z, z)) in front of the last division by √(30 eps·k(z, z)), leave errors of a few
-    eps in the diagonal.
-    """
-    xp = namespace(x=x)
-    core = _joined(blocks, x, kernel)
-    bad = _first_bad(x, start, xp)
-    wide = widest_real(x, xp)
-    floor = SHIFT * float(xp.finfo(x.dtype).eps)
-    parts, columns = [], np.zeros(fresh)
-    with arithmetic(x):
-        for rows in _row_blocks(x, core) if bad == math.inf else []:
-            diagonal = left = _diagonal(x[rows, ...], kernel, xp)
-            if blocks:
-                f = _features(x[rows, ...], core, xp, x.dtype)
-                squares = f * f
-                left = diagonal - xp.sum(squares, axis=-1, dtype=wide)
-                columns += to_host(xp.sum(squares[:, -fresh:], axis=0, dtype=wide))
-            parts.append(xp.where(left > floor * diagonal, left, xp.zeros_like(left)))
-        left = xp.concat(parts) if parts else xp.zeros((0,), dtype=wide)
-        return _Residual(left, columns, bad)
-
-
-def _joined(blocks: Sequence[_Block], x: Array, kernel: Callable[..., Array]) -> _Core:
-    """The core of all rounds, from what each of them added."""
-    sizes = [len(block.landmarks) for block in blocks]
-    lower = np.zeros((sum(sizes), sum(sizes)))
-    for block, stop in zip(blocks, np.cumsum(sizes), strict=True):
-        lower[stop - len(block.landmarks) : stop, :stop] = block.cholesky
-    points = [block.landmarks for block in blocks]
-    return _Core(np.concatenate(points) if points else np.zeros((0, x.shape[-1])), lower, kernel)
-
-
-def _summary(residual: _Residual) -> _Summary:
-    return _Summary(float(namespace(left=residual.left).sum(residual.left)), residual.columns, residual.bad)
-
-
-def _drawn(residual: _Residual, x: Array, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows at which the running sum passes the targets, these points, and what was left of them."""
-    xp = namespace(x=x)
-    running = xp.cumulative_sum(residual.left)
-    # Strictly below the last of the running sums, so that the row found has something left.
-    below = np.clip(targets, 0.0, np.nextafter(float(running[-1]), 0.0))
-    rows = xp.searchsorted(running, from_host(below, running, xp), side="right")
-    return to_host(rows), to_host(xp.take(x, rows, axis=0)), to_host(xp.take(residual.left, rows, axis=0))
-
-
-def _rows_at(x: Array, rows: np.ndarray) -> np.ndarray:
-    xp = namespace(x=x)
-    return to_host(xp.take(x, from_host(rows, x, xp, dtype=xp.int64), axis=0))
-
-
-def _first_bad(x: Array, start: int, xp: Namespace) -> float:
-    """The number in the whole array of the first row that holds NaN or infinite values; infinity if none does."""
-    bad = xp.logical_not(xp.all(xp.isfinite(x), axis=-1))
-    return start + int(xp.argmax(xp.astype(bad, xp.int32))) if bool(xp.any(bad)) else math.inf
-
-
-def _raise_bad(row: float, name: str) -> None:
-    if row < math.inf:
-        raise ValueError(f"row {row} of {name} holds NaN or infinite values; remove such rows first")
-
-
-def _row_blocks(x: Array, core: _Core) -> Iterator[slice]:
-    """Slices of rows with few enough entries of k(x, z); one slice of no rows if there are none."""
-    step = max(1, _BLOCK_ENTRIES // max(1, len(core.landmarks)))
-    return (slice(i, min(i + step, x.shape[0])) for i in range(0, max(1, x.shape[0]), step))
 
 
 # What the client does with what is small
@@ -633,7 +451,7 @@ def _row_blocks(x: Array, core: _Core) -> Iterator[slice]:
 
 def _core(
     x: da.Array, kernel: Callable[..., Array], landmarks: Any, rank: int | None, rng: Any
-) -> tuple[_Core, np.ndarray | None]:
+) -> tuple[_chunk.Core, np.ndarray | None]:
     """The landmarks and the Cholesky factor of their kernel, as lowrank.factor has them."""
     points, pivots = _resolved(landmarks, x, kernel, rank, rng)
     meta = x._meta
@@ -641,7 +459,7 @@ def _core(
     wide = from_host(points, meta, xp, dtype=widest_real(meta, xp))
     with arithmetic(wide):
         w = to_host(checked_symmetric(checked_block(kernel(wide, wide), wide, wide), xp)).astype(np.float64)
-    return _Core(points, shifted_cholesky(w, eps=float(xp.finfo(meta.dtype).eps), xp=host), kernel), pivots
+    return _chunk.Core(points, shifted_cholesky(w, eps=float(xp.finfo(meta.dtype).eps), xp=host), kernel), pivots
 
 
 def _resolved(
@@ -686,12 +504,12 @@ def _rows(x: da.Array, indices: np.ndarray) -> np.ndarray:
     starts = np.asarray([start for start, _ in chunks])
     owner = np.searchsorted(starts, indices, side="right") - 1
     owners = np.unique(owner)
-    found = dask.compute(*[dask.delayed(_rows_at)(chunks[i][1], indices[owner == i] - starts[i]) for i in owners])
+    found = dask.compute(*[dask.delayed(_chunk.rows_at)(chunks[i][1], indices[owner == i] - starts[i]) for i in owners])
     rows = np.empty((len(indices), x.shape[1]), dtype=x.dtype)
     for i, part in zip(owners, found, strict=True):
         rows[owner == i] = part
     bad = indices[~np.all(np.isfinite(rows), axis=1)]
-    _raise_bad(float("inf") if bad.size == 0 else int(bad.min()), "x")
+    _chunk.raise_bad(float("inf") if bad.size == 0 else int(bad.min()), "x")
     return rows
 
 
@@ -709,15 +527,15 @@ def _proposals(
     owner = np.searchsorted(running, targets, side="right")
     targets = targets - (running - totals)[owner]
     owners = np.unique(owner)
-    found = dask.compute(*[dask.delayed(_drawn)(left[i], chunks[i][1], targets[owner == i]) for i in owners])
+    found = dask.compute(*[dask.delayed(_chunk.drawn)(left[i], chunks[i][1], targets[owner == i]) for i in owners])
     order = np.argsort(np.concatenate([np.flatnonzero(owner == i) for i in owners]))
     rows, points, proposed = (np.concatenate(parts)[order] for parts in zip(*found, strict=True))
     return rows + starts[owner], points, proposed
 
 
 def _accepted(
-    points: np.ndarray, proposed: np.ndarray, core: _Core, rank: int, random: np.random.Generator, x: da.Array
-) -> tuple[np.ndarray, _Core]:
+    points: np.ndarray, proposed: np.ndarray, core: _chunk.Core, rank: int, random: np.random.Generator, x: da.Array
+) -> tuple[np.ndarray, _chunk.Core]:
     """Which proposals the one-by-one algorithm would have drawn, and the core with them, all in float64.
 
     Given the proposals so far, one is accepted with the probability (left of it now)/(left of it when proposed).
@@ -752,7 +570,7 @@ def _accepted(
     lower[:k, :k] = core.cholesky
     lower[k:, :k] = f[accepted]
     lower[k:, k:] = np.tril(new[accepted, :m])
-    return np.asarray(accepted, dtype=np.intp), _Core(
+    return np.asarray(accepted, dtype=np.intp), _chunk.Core(
         np.concatenate([core.landmarks, points[accepted]]), lower, core.kernel
     )
 
@@ -774,7 +592,7 @@ def _ridge_solution(gram: np.ndarray, moments: np.ndarray, ridge: float) -> np.n
 
 
 def _by_rows(
-    function: Callable[..., Array], x: Array, core: _Core, /, *, name: str, columns: int | None, **arguments: Any
+    function: Callable[..., Array], x: Array, core: _chunk.Core, /, *, name: str, columns: int | None, **arguments: Any
 ) -> Array:
     """function(rows, core, start=…) lazily for every chunk of a Dask array, at once for another array."""
     if isinstance(x, da.Array):
@@ -789,7 +607,13 @@ def _by_rows(
 
 
 def _located(
-    x: Array, *, function: Callable[..., Array], core: _Core, called: str, block_info: Any = None, **arguments: Any
+    x: Array,
+    *,
+    function: Callable[..., Array],
+    core: _chunk.Core,
+    called: str,
+    block_info: Any = None,
+    **arguments: Any,
 ) -> Array:
     return function(x, core, start=block_info[0]["array-location"][0][0], name=called, **arguments)
 
@@ -807,7 +631,7 @@ def _blocks(x: da.Array) -> list[Any]:
 
 def _tree(parts: list[Any]) -> Any:
     while len(parts) > 1:
-        parts = [dask.delayed(_added)(parts[i : i + _FAN_IN]) for i in range(0, len(parts), _FAN_IN)]
+        parts = [dask.delayed(_chunk.added)(parts[i : i + _FAN_IN]) for i in range(0, len(parts), _FAN_IN)]
     return parts[0]
 
 
@@ -853,7 +677,7 @@ def _checked_targets(y: Any, x: da.Array) -> da.Array:
     return y.rechunk((x.chunks[0],) if y.ndim == 1 else (x.chunks[0], -1))
 
 
-def _checked_features(x: Array, core: _Core, name: str) -> None:
+def _checked_features(x: Array, core: _chunk.Core, name: str) -> None:
     """That k(x, z) makes sense."""
     if not isinstance(x, da.Array):
         namespace(**{name: x})

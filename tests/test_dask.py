@@ -18,6 +18,7 @@ from conftest import gaussian_gram
 from scipy.stats import chisquare
 
 import lowrank
+from lowrank import _chunk
 from lowrank import dask as chunked
 from lowrank._array import to_host
 from lowrank.kernels import gaussian_kernel, matern32_kernel
@@ -241,7 +242,7 @@ def test_blocks_within_a_chunk(monkeypatch):
         return fit.coefficients, fit.predict(x), factor, chunked.rpcholesky(lazy(x), kernel=KERNEL, rank=20, rng=0)
 
     expected = everything()
-    monkeypatch.setattr(chunked, "_BLOCK_ENTRIES", 33)
+    monkeypatch.setattr(_chunk, "_BLOCK_ENTRIES", 33)
     for got, want in zip(everything(), expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-11)
 
@@ -384,22 +385,22 @@ def test_chunks_of_any_library(xp, dtype):
     core, _ = chunked._core(lazy(x), KERNEL, z, None, None)
     x_, y_ = xp.asarray(x), xp.asarray(y)
     tolerance = {"rtol": 0, "atol": 300 * np.finfo(dtype).eps}
-    rows = xp.check(chunked._feature_rows(x_, core, start=0, name="x"), like=x_, shape=(30, 6))
-    np.testing.assert_allclose(rows, chunked._feature_rows(x, core, start=0, name="x"), **tolerance)
+    rows = xp.check(_chunk.feature_rows(x_, core, start=0, name="x"), like=x_, shape=(30, 6))
+    np.testing.assert_allclose(rows, _chunk.feature_rows(x, core, start=0, name="x"), **tolerance)
     beta = np.linspace(-1, 1, 6)
-    predicted = xp.check(chunked._predicted_rows(x_, core, start=0, name="x", coefficients=beta), like=x_, shape=(30,))
+    predicted = xp.check(_chunk.predicted_rows(x_, core, start=0, name="x", coefficients=beta), like=x_, shape=(30,))
     np.testing.assert_allclose(
-        predicted, chunked._predicted_rows(x, core, start=0, name="x", coefficients=beta), **tolerance
+        predicted, _chunk.predicted_rows(x, core, start=0, name="x", coefficients=beta), **tolerance
     )
-    left = chunked._unexplained(x_, chunked._feature_rows(x_, core, start=0, name="x"), kernel=KERNEL)
+    left = _chunk.unexplained(x_, _chunk.feature_rows(x_, core, start=0, name="x"), kernel=KERNEL)
     assert to_host(left).shape == (30,)
-    got, expected = chunked._sums(x_, y_, 0, core), chunked._sums(x, y, 0, core)
+    got, expected = _chunk.sums(x_, y_, 0, core), _chunk.sums(x, y, 0, core)
     np.testing.assert_allclose(got.products, expected.products, rtol=0, atol=30 * 300 * np.finfo(dtype).eps)
     assert got.trace == pytest.approx(expected.trace, rel=1e-4 if dtype == np.float32 else 1e-12)
     assert got.trace == pytest.approx(float(to_host(left).sum()), rel=1e-4 if dtype == np.float32 else 1e-12)
     assert got.bad_x == got.bad_y == np.inf
     x[17, 1] = y[4] = np.nan
-    bad = chunked._sums(xp.asarray(x), xp.asarray(y), 100, core)
+    bad = _chunk.sums(xp.asarray(x), xp.asarray(y), 100, core)
     assert (bad.bad_x, bad.bad_y) == (117, 104)
 
 
@@ -407,20 +408,20 @@ def test_chunks_of_any_library(xp, dtype):
 def test_draws_within_chunks_of_any_library(xp, dtype):
     x = points(30, dtype=dtype)
     x_ = xp.asarray(x)
-    blocks = [chunked._Block(x[:2], np.linalg.cholesky(KERNEL(x[:2], x[:2]).astype(np.float64)))]
-    before = chunked._residual(x_, 0, [], KERNEL, 0)
-    assert chunked._summary(before).total == pytest.approx(30)
-    after = chunked._residual(x_, 0, blocks, KERNEL, 2)
+    blocks = [_chunk.Block(x[:2], np.linalg.cholesky(KERNEL(x[:2], x[:2]).astype(np.float64)))]
+    before = _chunk.residual(x_, 0, [], KERNEL, 0)
+    assert _chunk.summary(before).total == pytest.approx(30)
+    after = _chunk.residual(x_, 0, blocks, KERNEL, 2)
     left = to_host(after.left)
     assert left[0] == left[1] == 0
     assert np.all(left[2:] > 0)
     assert after.columns.sum() == pytest.approx(30 - left.sum(), rel=1e-5)
     running = np.cumsum(left)
-    rows, drawn, proposed = chunked._drawn(after, x_, np.asarray([0.0, running[4], 2 * running[-1], -1e-17]))
+    rows, drawn, proposed = _chunk.drawn(after, x_, np.asarray([0.0, running[4], 2 * running[-1], -1e-17]))
     np.testing.assert_array_equal(rows, [2, 5, 29, 2])
     np.testing.assert_array_equal(drawn, x[rows])
     np.testing.assert_array_equal(proposed, left[rows])
-    np.testing.assert_array_equal(chunked._rows_at(x_, np.asarray([4, 0])), x[[4, 0]])
+    np.testing.assert_array_equal(_chunk.rows_at(x_, np.asarray([4, 0])), x[[4, 0]])
 
 
 def test_chunks_on_a_gpu():

@@ -45,7 +45,8 @@ MAY_KNOW = {
     "attention": {"_array", "kernels", "pinv", "_attend", "_torch_attention"},
     "nn": {"_array", "_attend", "_torch_attention", "attention"},
     "sklearn": {"_array", "kernels", "landmarks", "_core"},
-    "dask": {"_array", "kernels", "landmarks", "_core", "factor"},
+    "_chunk": {"_array", "_core"},
+    "dask": {"_array", "kernels", "landmarks", "_core", "factor", "_chunk"},
     "__main__": set(),
 }
 
