@@ -554,7 +554,7 @@ def test_chunks_are_the_whole(curve, monkeypatch):
     # eps·λ_max/α = 2e-16·80/0.01, and the features' own condition number of the same size.
     tolerance = dict(rtol=0, atol=1e-9)
     np.testing.assert_allclose(chunked.predict(new), whole.predict(new), **tolerance)
-    monkeypatch.setattr(lowrank.sklearn, "_CHUNK_ENTRIES", 12 * 7)
+    monkeypatch.setattr("lowrank._kernel_features._CHUNK_ENTRIES", 12 * 7)
     streamed = clone(whole).fit(x, y, w)
     for got, wanted in zip(streamed.predict(new, True), whole.predict(new, True), strict=True):
         np.testing.assert_allclose(got, wanted, **tolerance)
