@@ -46,11 +46,11 @@ def accurate_cost(a: Array, xp: Namespace) -> int:
     return 3 if real_dtype(a, xp) == xp.float64 or widest_real(a, xp) == xp.float32 else 1
 
 
-def accurate_product(a: Array, b: Array, xp: Namespace, *, minus: Array | float = 0.0) -> Array:
-    """a @ b − minus with an error near eps·|ab − minus| instead of eps·|a||b|, in :func:`accurate_cost` products.
+def accurate_product(a: Array, b: Array, xp: Namespace, *, minus: float = 0.0) -> Array:
+    """a @ b − minus·I with an error near eps·|ab − minus·I| instead of eps·|a||b|, in :func:`accurate_cost` products.
 
     Single precision is multiplied in double where there is double, which takes half the time of a split product;
-    double is split. A number in place of an array stands for that multiple of I.
+    double is split.
     """
     if accurate_cost(a, xp) > 1:
         exact, remainder = split_product(a, b, xp)
@@ -61,11 +61,8 @@ def accurate_product(a: Array, b: Array, xp: Namespace, *, minus: Array | float 
     return xp.astype(_less(xp.astype(a, wide) @ xp.astype(b, wide), minus, xp), a.dtype)
 
 
-def _less(product: Array, minus: Array | float, xp: Namespace) -> Array:
-    if isinstance(minus, float):
-        return add_to_diagonal(product, -minus, xp) if minus else product
-    product -= minus
-    return product
+def _less(product: Array, minus: float, xp: Namespace) -> Array:
+    return add_to_diagonal(product, -minus, xp) if minus else product
 
 
 def accurate_sum(x: Array, y: Array) -> tuple[Array, Array]:

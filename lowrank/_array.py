@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import array_api_compat as compat
@@ -154,22 +154,6 @@ def arithmetic(x: Array) -> Iterator[None]:
     else:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
             yield
-
-
-def repeat(body: Callable[[Any, Any], Any], state: Any, count: int, *, like: Array, done: Any = None) -> Any:
-    """state ← body(k, state) for k < count, or until ``done(state)`` where values can be looked at.
-
-    A traced JAX program gets one compiled loop instead of ``count`` copies of the body.
-    """
-    if compat.is_jax_array(like) and is_traced(like):
-        import jax
-
-        return jax.lax.fori_loop(0, count, body, state)
-    for k in range(count):
-        state = body(k, state)
-        if done is not None and not is_traced(like) and done(state):
-            break
-    return state
 
 
 def has_derivative(x: Array) -> bool:

@@ -71,12 +71,6 @@ class Plan(NamedTuple):
     high: float
     products: int
 
-    def follow(self, e: float) -> float:
-        """What the steps make of an eigenvalue e of E."""
-        for step in self.steps:
-            e = step.follow(e)
-        return e
-
 
 class NewtonSchedule(NamedTuple):
     """Steps to a tolerance: see :func:`newton_schedule`.

@@ -104,6 +104,9 @@ CASES = {
     "softmax_free_attention": Case(
         lambda a: lowrank.softmax_free_attention(a["x"], a["at_x"], a["y"], ridge=RIDGE), 9 / RIDGE
     ),
+    "softmax_free_attention, queries": Case(
+        lambda a: lowrank.softmax_free_attention(a["x"], a["at_x"], a["y"], ridge=RIDGE, queries=a["y"]), 9 / RIDGE
+    ),
     "softmax_free_attention, normalize": Case(
         lambda a: lowrank.softmax_free_attention(a["x"], a["at_x"], a["y"], ridge=RIDGE, normalize=True), 9 / RIDGE
     ),
