@@ -451,7 +451,7 @@ def test_the_command_fails_with_one_line(tmp_path, official, digits, capsys):
     back = ("--to-official",)
     assert "bad.pth is not a torch file" in refused(capsys, tmp_path / "bad.pth", out)
     assert "hostile.pth is not a torch file" in refused(capsys, tmp_path / "hostile.pth", out)
-    assert "nowhere.pth" in refused(capsys, tmp_path / "nowhere.pth", out)
+    assert "there is no file" in refused(capsys, tmp_path / "nowhere.pth", out)
     assert "there is no file" in refused(capsys, *back, tmp_path / "nowhere.safetensors", out)
     assert "no model 'soft_titanic'" in refused(capsys, good, out, "--name", "soft_titanic")
     assert "no model 'soft_digits'" in refused(capsys, good, out, "--name", "soft_digits")

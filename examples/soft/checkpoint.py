@@ -117,6 +117,8 @@ def _filled(model: soft.Soft, state_dict: Mapping[str, Tensor]) -> soft.Soft:
 
 
 def _read_official(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     if path.suffix == ".safetensors":
         content = load(path)[0]
     else:
