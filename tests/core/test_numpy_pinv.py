@@ -227,6 +227,8 @@ EYE = np.eye(3)
         (EYE, {"steps": True}, ValueError, "steps must be an integer >= 0, not True"),
         (EYE, {"steps": 2, "method": "direct"}, ValueError, "steps belongs to method='newton'"),
         (EYE, {"alpha": 0.1}, ValueError, "pass steps as well"),
+        (EYE, {"alpha": math.inf, "steps": 1}, ValueError, "alpha must be finite, not inf"),
+        (EYE, {"alpha": np.asarray(1j), "steps": 1}, TypeError, "alpha has dtype complex128"),
         (EYE, {"alpha": np.ones(2), "steps": 1}, ValueError, r"alpha has shape \(2,\), which does not broadcast"),
         (np.ones((2, 3, 3)), {"alpha": np.ones(5), "steps": 1}, ValueError, r"alpha has shape \(5,\)"),
         (EYE, {"upper": 0.0, "hermitian": True, "ridge": 1.0}, ValueError, "upper must be a number above 0"),
