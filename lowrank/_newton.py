@@ -116,11 +116,11 @@ def octic(c: tuple[float, ...]) -> _Octic:
     return _Octic(zeta, total - rho, gamma, delta, rho, c[2] - delta * rho)
 
 
-def chunks(a: Array, xp: Namespace) -> list[Array]:
+def chunks(a: Array, xp: Namespace, *, numbers: int | None = None) -> list[Array]:
     """The matrices of the batch, a few at a time where values can be looked at; one axis of batch where there are
     several chunks."""
     batch, (m, n) = math.prod(a.shape[:-2]), a.shape[-2:]
-    parts = math.ceil(batch * m * n / _CHUNK[is_on_cpu(a)])
+    parts = math.ceil(batch * m * n / (numbers or _CHUNK[is_on_cpu(a)]))
     if is_traced(a) or parts <= 1 or batch <= 1:
         return [a]
     size = math.ceil(batch / parts)
@@ -128,9 +128,11 @@ def chunks(a: Array, xp: Namespace) -> list[Array]:
     return [flat[k : min(k + size, batch), ...] for k in range(0, batch, size)]
 
 
-def in_chunks(solve: Callable[[Array], tuple[Array, Work]], a: Array, xp: Namespace) -> tuple[Array, Work]:
+def in_chunks(
+    solve: Callable[[Array], tuple[Array, Work]], a: Array, xp: Namespace, *, numbers: int | None = None
+) -> tuple[Array, Work]:
     """solve(a), chunk by chunk."""
-    parts = chunks(a, xp)
+    parts = chunks(a, xp, numbers=numbers)
     if len(parts) == 1:
         return solve(a)
     solved = [solve(part) for part in parts]

@@ -1,9 +1,10 @@
 """Moore–Penrose inverses from matrix products: ``pinv_newton``.
 
 With ``steps`` it is the textbook iteration X ← X(2I − AX) (Ben-Israel & Cohen, SIAM J. Numer. Anal. 3, 1966). Without,
-a positive semidefinite matrix with a ridge is inverted by scaled Newton, in ``_definite``; any other gets the truncated
-pseudoinverse by growth and purification, in ``_truncated``, or from its Gram matrix, in ``_tall``. Here are the
-options, the textbook iteration, the library's own factorisations, the derivative's place and the certificate.
+a positive semidefinite matrix with a ridge is inverted by scaled Newton, in ``_definite``, block by block in
+``_elimination``; any other gets the truncated pseudoinverse by growth and purification, in ``_truncated``, or from its
+Gram matrix, in ``_tall``. Here are the options, the textbook iteration, the library's own factorisations, the
+derivative's place and the certificate.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
-from lowrank import _fused
+from lowrank import _elimination, _fused
 from lowrank._array import (
     Array,
     Namespace,
@@ -62,9 +63,10 @@ class PinvInfo(NamedTuple):
     Parameters
     ----------
     steps : array of int
-        Newton steps and purifications spent on the element (0 for ``method="direct"``).
+        Newton steps and purifications spent on the element, or on that of its blocks which took most (0 for
+        ``method="direct"``).
     products : array of int
-        Matrix products spent on it, those that estimate its norm included.
+        Matrix products spent on it, those that estimate its norm included, and those of its blocks by their share.
     bound : array of float
         Bound, in exact arithmetic, on ‖I − XA‖₂ over the singular vectors whose singular value is at least 1.7 times
         the cutoff, from the schedule and from what was measured on the way. With ``steps=`` and no ridge nothing is
@@ -137,9 +139,9 @@ def pinv_newton(
         δ > 0 declares ``a`` Hermitian positive semidefinite (``hermitian=True`` is required) and means
         ``a + δ I`` throughout. The number of steps then follows from δ and a bound on ‖a‖.
     upper : float, optional
-        With ``ridge``: declares that no eigenvalue of ``a`` is above it. The steps then follow from
-        κ = (upper + δ)/δ without a look at ``a``, also in a traced program, where they are else those of the largest κ
-        that the precision allows. For a kernel matrix n·max k(x, x) will do.
+        With ``ridge``: declares that no eigenvalue of ``a`` is above it. Wherever steps are for the matrix as a whole
+        they then follow from κ = (upper + δ)/δ without a look at ``a``, also in a traced program, where they are else
+        those of the largest κ that the precision allows. For a kernel matrix n·max k(x, x) will do.
     tol : float, optional
         With ``ridge`` and ``upper``: stop where ‖I − X(a + δ I)‖₂ ≤ ``tol``, up to rounding of κ·eps, and polish
         nothing, nor make the result Hermitian: for a preconditioner, or an inverse that is corrected where it is used.
@@ -326,11 +328,16 @@ def _checked_hermitian(a: Array, given_dtype: Any, xp: Namespace) -> tuple[Array
     (A Frobenius norm would overflow or vanish at scales where the entries do not.)
     """
     tolerance = math.sqrt(float(xp.finfo(given_dtype).eps))
-    gaps = [xp.max(xp.abs(part - matrix_transpose_conj(part, xp)), axis=(-2, -1)) for part in chunks(a, xp)]
+    gaps = [xp.max(_magnitude(part - matrix_transpose_conj(part, xp), xp), axis=(-2, -1)) for part in chunks(a, xp)]
     gap = gaps[0] if len(gaps) == 1 else xp.reshape(xp.concat(gaps), a.shape[:-2])
     if not (is_traced(a) or carries_derivative(a)) and bool(xp.all(gap == 0)):
         return gap == 0, a
     return gap <= tolerance * xp.max(xp.abs(a), axis=(-2, -1)), hermitian_part(a, xp)
+
+
+def _magnitude(difference: Array, xp: Namespace) -> Array:
+    """What has the maximum of |A − Aᴴ|: where A is real A − Aᵀ itself, which holds each number with both signs."""
+    return xp.abs(difference) if xp.isdtype(difference.dtype, "complex floating") else difference
 
 
 def _differentiable(
@@ -389,9 +396,12 @@ def _textbook(p: Array, *, steps: int, alpha: Any, ridge: float, xp: Namespace) 
 
 
 def _with_ridge(a: Array, *, ridge: float, upper: float | None, tol: float | None, xp: Namespace) -> tuple[Array, Work]:
-    """(A + ridge·I)⁻¹ by the fused kernel where it applies, else by the plain path."""
+    """(A + ridge·I)⁻¹ by the fused kernel or by elimination where they apply, else by the plain path."""
     if _fused.applies(a, ridge=ridge, xp=xp):
         return _fused.scaled_newton(a, ridge=ridge, xp=xp)
+    if tol is None and _elimination.applies(a, ridge=ridge, xp=xp):
+        solve = partial(_elimination.inverse, ridge=ridge, xp=xp)
+        return in_chunks(solve, a, xp, numbers=_elimination.CHUNK)
     return in_chunks(partial(scaled_newton, ridge=ridge, upper=upper, tol=tol, xp=xp), a, xp)
 
 
