@@ -45,7 +45,7 @@ _CLASS = 2**0.25
 # With κ up to the first, steps in single precision and one in double leave errors of (κ·eps)² in the inverse of a
 # pivot; with κ up to the second, double precision alone leaves κ²·eps in that of a block. The correction squares them,
 # elimination magnifies them by κ², and they are still below κ·eps of single precision.
-_MODERATE, _LARGEST = 2.0**13, 2.0**20
+_MODERATE, _LARGEST = 2.0**15, 2.0**20
 
 
 class _Problem(NamedTuple):
