@@ -213,10 +213,10 @@ def _inverse(p: Array, start: _Deflation, chosen: Plan, xp: Namespace) -> Array:
     x = add_product(x, matrix_transpose_conj(left, xp), right, xp, alpha=-1.0)
     for step in between:
         x = apply(step, x, x @ p, xp)
-    return _apply_accurately(last, x, p, xp)
+    return apply_accurately(last, x, p, xp)
 
 
-def _apply_accurately(step: Step, x: Array, a: Array, xp: Namespace) -> Array:
+def apply_accurately(step: Step, x: Array, a: Array, xp: Namespace) -> Array:
     """X ← sS(R)X with R from an accurate E, and S(R)X as c₀X plus what is small, for the last step.
 
     Formed in working precision, E would have an error of order κ·eps, and X one of κ·eps from the left, so that AX

@@ -1,9 +1,9 @@
-"""The inverse of A + ridge·I for Hermitian A ≽ 0 in single precision: block elimination with Newton at its pivots.
+"""The inverse of A + ridge·I for Hermitian A ≽ 0 on a CPU: block elimination with Newton's iteration at its pivots.
 
 P = A + ridge·I is halved until its blocks are small, and scaled Newton (V. Pan and R. Schreiber, SIAM J. Sci. Stat.
 Comput. 12, 1991) inverts the pivot blocks. Schur complements of P have no eigenvalue below the ridge either, so that
-their steps are known too; all else is six products of half the size a level, in double precision. An error of κ·eps of
-single precision then costs a few products of the whole matrix instead of twenty. docs/pinv.md has the analysis.
+their steps are known too; all else is six products of half the size a level, in double precision. What double precision
+itself loses is mended by one step of the whole matrix. docs/pinv.md has the analysis.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lowrank._accurate import accurate_cost
 from lowrank._array import (
     Array,
     Namespace,
@@ -29,6 +30,7 @@ from lowrank._array import (
     widest_real,
     writes,
 )
+from lowrank._definite import apply_accurately
 from lowrank._newton import Work, frobenius, hermitian_part, or_nan
 from lowrank._schedule import Plan, Step, advance, chebyshev_step, remembered
 
@@ -40,6 +42,10 @@ _SMALLEST, _MOST_LEVELS = 16, 4
 _PRODUCTS = 6
 # Numbers in a chunk of the batch: calls for small blocks cost more than what they no longer find in the cache.
 CHUNK = 1 << 20
+# Numbers in double precision from which on it pays there, where it takes the accurate step as well.
+_FEWEST = 1 << 15
+# After elimination in double precision, whose residual of κ²·eps this squares.
+_LAST = Step(1.0, (1.0, 1.0))
 # Conditions are rounded up to powers of it.
 _CLASS = 2**0.25
 # With κ up to the first, steps in single precision and one in double leave errors of (κ·eps)² in the inverse of a
@@ -49,11 +55,11 @@ _MODERATE, _LARGEST = 2.0**15, 2.0**20
 
 
 class _Problem(NamedTuple):
-    """P ≽ ridge·I, the precision that its inverse is wanted in, and the one that pivots are inverted in at first."""
+    """The smallest eigenvalues that P may have, on the host, the eps that its inverse is wanted to, and the precision
+    that pivots are inverted in at first."""
 
-    ridge: float
+    ridge: np.ndarray
     eps: float
-    dtype: Any
     first: Any
 
 
@@ -68,23 +74,26 @@ class _Found(NamedTuple):
 
 
 def applies(a: Array, *, ridge: float, xp: Namespace) -> bool:
-    """Whether A is on a CPU, can be looked at, is in single precision where there is double, and κ not too large."""
-    if is_traced(a) or not writes(a) or not is_on_cpu(a):
+    """Whether A is on a CPU, can be looked at, has a double precision to be computed in, and no κ is too large; and,
+    where it is in double precision itself, whether there is enough of it."""
+    if is_traced(a) or not writes(a) or not is_on_cpu(a) or widest_real(a, xp) == xp.float32:
         return False
-    if real_dtype(a, xp) != xp.float32 or widest_real(a, xp) == xp.float32:
+    n = a.shape[-1]
+    if real_dtype(a, xp) != xp.float32 and (n <= _SMALLEST or math.prod(a.shape) < _FEWEST):
         return False
-    conditions = _conditions(to_host(_trace(a, xp)), a.shape[-1], ridge)
-    return bool(np.all(conditions <= _LARGEST, where=np.isfinite(conditions)))
+    mean = _mean(a, xp)
+    return bool(np.all(_conditions(mean, n, ridge) <= _LARGEST, where=np.isfinite(mean)))
 
 
-def _trace(a: Array, xp: Namespace) -> Array:
-    return xp.real(xp.linalg.trace(a))
+def _mean(a: Array, xp: Namespace) -> np.ndarray:
+    """The mean of the eigenvalues, on the host."""
+    return np.asarray(to_host(xp.sum(xp.real(xp.linalg.diagonal(a)) / a.shape[-1], axis=-1)))
 
 
-def _conditions(trace: np.ndarray, n: int, ridge: float) -> np.ndarray:
+def _conditions(mean: np.ndarray, n: int, ridge: float) -> np.ndarray:
     """tr P/ridge ≥ κ."""
     with np.errstate(all="ignore"):
-        return trace / ridge + n
+        return n * (mean / ridge + 1)
 
 
 def inverse(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work]:
@@ -92,22 +101,18 @@ def inverse(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work]:
 
     Where A is not as declared, the steps do not invert some pivot block. That is measured, and the result is NaN.
     """
-    with np.errstate(all="ignore"):
-        return _inverse(a, ridge, xp)
-
-
-def _inverse(a: Array, ridge: float, xp: Namespace) -> tuple[Array, Work]:
     n = a.shape[-1]
-    single = xp.reshape(a, (-1, n, n))
-    conditions = _conditions(to_host(_trace(single, xp)), n, ridge)
-    finite = np.isfinite(conditions)
-    first = a.dtype if np.all(conditions <= _MODERATE, where=finite) else _double(a, xp)
-    problem = _Problem(ridge, float(xp.finfo(a.dtype).eps), a.dtype, first)
+    matrices = xp.reshape(a, (-1, n, n))
     levels = min(_MOST_LEVELS, max(0, math.ceil(math.log2(n / _SMALLEST))))
-    x = xp.empty(single.shape, dtype=a.dtype, device=device(a))
-    found = _invert(single, ridge, x, finite, levels, problem, xp)
-    # A relative error of t in the inverses of the pivots is one of t·√κ from the left.
-    bound = np.where(found.valid, found.bound * np.sqrt(conditions), 0.0)
+    mean = _mean(matrices, xp)
+    conditions, eps = _conditions(mean, n, ridge), float(xp.finfo(a.dtype).eps)
+    with np.errstate(all="ignore"):
+        if real_dtype(a, xp) == xp.float32:
+            x, found = _single(matrices, ridge, conditions, levels, eps, xp)
+        else:
+            x, found = _accurate(matrices, ridge, mean, levels, eps, xp)
+        # A relative error of t in the inverses of the pivots is one of t·√κ from the left.
+        bound = np.where(found.valid, found.bound * np.sqrt(conditions), 0.0)
     figures = np.broadcast_arrays(found.steps, math.ceil(found.products / n**3), bound, 0.0)
     steps, products, bound, cutoff = (
         from_host(np.reshape(v, a.shape[:-2]), a, xp, dtype=real_dtype(a, xp)) for v in figures
@@ -116,19 +121,47 @@ def _inverse(a: Array, ridge: float, xp: Namespace) -> tuple[Array, Work]:
     return or_nan(valid, xp.reshape(x, a.shape), xp), Work(steps, products, bound, cutoff, valid)
 
 
+def _single(
+    a: Array, ridge: float, conditions: np.ndarray, levels: int, eps: float, xp: Namespace
+) -> tuple[Array, _Found]:
+    """The inverse in single precision, in which only pivots and the end are computed."""
+    finite = np.isfinite(conditions)
+    moderate = np.all(conditions <= _MODERATE, where=finite)
+    problem = _Problem(np.full(a.shape[0], ridge), eps, a.dtype if moderate else _double(a, xp))
+    x = xp.empty(a.shape, dtype=a.dtype, device=device(a))
+    return x, _invert(a, ridge, x, finite, levels, problem, xp)
+
+
+def _accurate(a: Array, ridge: float, mean: np.ndarray, levels: int, eps: float, xp: Namespace) -> tuple[Array, _Found]:
+    """The inverse in double precision, with a step from an accurate E after elimination."""
+    # The power of two below 1/tr P, by which multiplication is exact; no entry of P is larger than its trace.
+    trace = a.shape[-1] * 0.5 * mean + a.shape[-1] * 0.5 * ridge
+    scale = 0.5 * 2.0 ** -np.ceil(np.log2(np.where(np.isfinite(trace) & (trace > 0), trace, 1.0)))
+    p = from_host(scale[:, None, None], a, xp) * a
+    p = add_to_diagonal(p, from_host(ridge * scale, a, xp), xp)
+    x = xp.empty(a.shape, dtype=a.dtype, device=device(a))
+    problem = _Problem(ridge * scale, eps, a.dtype)
+    found = _invert(p, 0.0, x, np.isfinite(mean), levels, problem, xp)
+    x = apply_accurately(_LAST, x, p, xp)
+    x = x + matrix_transpose_conj(x, xp)
+    x *= from_host(0.5 * scale[:, None, None], a, xp)
+    products = found.products + (accurate_cost(p, xp) + 1) * a.shape[-1] ** 3
+    return x, found._replace(steps=found.steps + 1, products=products)
+
+
 def _invert(
     a: Array, shift: float, x: Array, valid: np.ndarray, levels: int, problem: _Problem, xp: Namespace
 ) -> _Found:
-    """Write the inverse of P = A + shift·I to X, which may be A, and its Hermitian part where X is the result.
+    """Write the inverse of P = A + shift·I to X, which may be A, or its Hermitian part in single precision.
 
     With P = [[B, Cᴴ], [C, D]], W = CB⁻¹ and S = D − WCᴴ it is [[B⁻¹ + WᴴS⁻¹W, −WᴴS⁻¹], [−S⁻¹W, S⁻¹]]. W is corrected
     by its residual, once, which makes it the solution of equations next to WB = C (N. J. Higham, Accuracy and Stability
     of Numerical Algorithms, 2002, ch. 12); without, errors of B⁻¹ would grow by κ with every level.
     """
-    final = x.dtype == problem.dtype
+    single = x.dtype != _double(x, xp)
     if levels == 0:
         inverse, found = _pivot(_in_double(a, shift, xp), valid, problem, xp)
-        x[...] = hermitian_part(xp.astype(inverse, x.dtype), xp) if final else inverse
+        x[...] = hermitian_part(xp.astype(inverse, x.dtype), xp) if single else inverse
         return found
     h = a.shape[-1] // 2
     b, c = _in_double(a[:, :h, :h], shift, xp), _in_double(a[:, h:, :h], 0.0, xp)
@@ -144,7 +177,7 @@ def _invert(
     below = stacked_product(right, w, xp)
     left = add_product(left, matrix_transpose_conj(w, xp), below, xp, out=left)
     below *= -1.0
-    if final:
+    if single:
         left, right = hermitian_part(left, xp), hermitian_part(right, xp)
     x[:, :h, :h] = left
     x[:, h:, :h] = below
@@ -168,8 +201,7 @@ def _pivot(p: Array, valid: np.ndarray, problem: _Problem, xp: Namespace) -> tup
     """P⁻¹ by steps of order 2, the first of them a polynomial in P and the last from an E in double precision, and
     whether that E shows that they have led to κ·eps."""
     n = p.shape[-1]
-    mean, square = to_host(_trace(p, xp)) / n, to_host(frobenius(p, xp)) ** 2 / n
-    lower, upper = _interval(mean, square, n, problem.ridge)
+    lower, upper = _interval(_mean(p, xp), to_host(frobenius(p, xp)) ** 2 / n, n, problem.ridge)
     valid = valid & np.isfinite(upper) & (upper >= problem.ridge)
     upper = np.where(valid, upper, lower)
     conditions = upper / lower
@@ -186,13 +218,13 @@ def _pivot(p: Array, valid: np.ndarray, problem: _Problem, xp: Namespace) -> tup
     e = stacked_product(x, p, xp)
     x = add_product(x, e, x, xp, beta=2.0, alpha=-1.0)
     # No eigenvalue of E is above 1 + √(eps/32): what is not inverted is below 1, and missing from the trace.
-    missing = n - to_host(_trace(e, xp))
-    valid = valid & (missing <= np.minimum(n / 4 * np.sqrt(conditions * problem.eps), 0.25))
+    missing = 1 - _mean(e, xp)
+    valid = valid & (missing <= np.minimum(0.25 * np.sqrt(conditions * problem.eps), 0.25 / n))
     bound = max(1 - chosen.low, chosen.high - 1) ** 2
     return x, _Found(valid, bound, len(chosen.steps) + 1, (chosen.products + 2) * n**3)
 
 
-def _interval(mean: np.ndarray, square: np.ndarray, n: int, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+def _interval(mean: np.ndarray, square: np.ndarray, n: int, ridge: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bounds on n eigenvalues ≥ ridge from their mean and that of their squares: none is further from the mean than
     √(n − 1) standard deviations (H. Wolkowicz and G. P. H. Styan, Linear Algebra Appl. 29, 1980)."""
     # The difference is right to eps·mean², its root to 1e-8·mean.

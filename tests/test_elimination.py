@@ -64,6 +64,35 @@ def test_error_of_single_precision(n, condition, kind):
         assert relative_error(x, exact) <= (2 + np.sqrt(condition)) * EPS
 
 
+def refined(p: np.ndarray) -> np.ndarray:
+    """P⁻¹, by Newton's iteration in extended precision."""
+    x, p = np.linalg.inv(p).astype(np.longdouble), p.astype(np.longdouble)
+    for _ in range(2):
+        x = 2 * x - x @ p @ x
+    return x
+
+
+@pytest.mark.parametrize("kind", ["even", "half", "one"])
+@pytest.mark.parametrize("condition", [10.0, 5e3, 3e4])
+@pytest.mark.parametrize("n", [17, 40, 65])
+def test_error_of_double_precision(n, condition, kind):
+    eps = float(np.finfo(float).eps)
+    q = np.linalg.qr(np.random.default_rng(n).standard_normal((2, n, n)))[0]
+    a = (q * spectrum(kind, n, condition)) @ q.mT
+    a = 1e100 * (a + a.mT) / 2
+    # As often as there have to be numbers.
+    many = np.concatenate([a] * 60)
+    assert _elimination.applies(many, ridge=1e100 / condition, xp=xnp)
+    x, info = pinv_newton(many, hermitian=True, ridge=1e100 / condition, return_info=True)
+    assert info.finite.all()
+    assert np.array_equal(x, x.mT)
+    exact = refined(a / 1e100 + np.eye(n) / condition)
+    # What a change of P in its last bits does: the sum A + δI is rounded.
+    assert relative_error(1e100 * x[-2:], exact) <= 0.5 * condition * eps
+    # From the last step on the residual is rounding as well, and the Hermitian part spreads it to both sides.
+    assert info.residual.max() <= 0.05 * condition**2 * eps + n * condition * eps
+
+
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("shape", [(16,), (2, 3, 20), (5, 49), (600, 49)])
 def test_agrees_with_the_plain_path_and_is_what_is_called(library, shape):
@@ -88,6 +117,8 @@ def test_where_it_applies():
     a = np.eye(5, dtype=np.float32)
     assert _elimination.applies(a, ridge=0.1, xp=xnp)
     assert not _elimination.applies(a.astype(np.float64), ridge=0.1, xp=xnp)
+    assert not _elimination.applies(np.zeros((1000, 16, 16)), ridge=0.1, xp=xnp)
+    assert _elimination.applies(np.zeros((130, 17, 17)), ridge=0.1, xp=xnp)
     assert not _elimination.applies(a, ridge=1e-7, xp=xnp)
     assert not _elimination.applies(jnp.asarray(a), ridge=0.1, xp=namespace(a=jnp.asarray(a)))
     # One that is not finite decides nothing.

@@ -27,7 +27,7 @@ MAY_KNOW = {
     "_schedule": set(),
     "_newton": {"_array", "_schedule"},
     "_definite": {"_array", "_accurate", "_newton", "_schedule"},
-    "_elimination": {"_array", "_newton", "_schedule"},
+    "_elimination": {"_accurate", "_array", "_definite", "_newton", "_schedule"},
     "_truncated": {"_array", "_accurate", "_newton", "_schedule"},
     "_tall": {"_array", "_accurate", "_newton", "_truncated"},
     "_fused_kernels": set(),

@@ -365,7 +365,7 @@ def test_a_tolerance_saves_products():
     a = gaussian_gram(np.random.default_rng(0).standard_normal((4, 49, 8)))
     options = {"hermitian": True, "ridge": 0.01, "upper": 49.0, "return_info": True}
     products = [int(pinv_newton(a, **options, tol=tol)[1].products[0]) for tol in (0.1, 5e-3, 1e-6, None)]
-    assert products == sorted(products)
+    assert products == sorted(products)  # without, a and its 9,604 numbers are too few for elimination
     assert products[1] <= 11
 
 
