@@ -48,10 +48,11 @@ _FEWEST = 1 << 15
 _LAST = Step(1.0, (1.0, 1.0))
 # Conditions are rounded up to powers of it.
 _CLASS = 2**0.25
-# With κ up to the first, steps in single precision and one in double leave errors of (κ·eps)² in the inverse of a
-# pivot; with κ up to the second, double precision alone leaves κ²·eps in that of a block. The correction squares them,
-# elimination magnifies them by κ², and they are still below κ·eps of single precision.
-_MODERATE, _LARGEST = 2.0**15, 2.0**20
+# With tr P/ridge up to it, steps in single precision and one in double leave errors of (κ·eps)² in the inverse of a
+# pivot. The correction squares them, elimination magnifies them by κ², and they are still below κ·eps.
+_MODERATE = 2.0**15
+# Beyond these what elimination in double precision leaves would show, in single precision and after a last step.
+_LARGEST = {"float32": 2.0**20, "float64": 2.0**17}
 
 
 class _Problem(NamedTuple):
@@ -78,11 +79,11 @@ def applies(a: Array, *, ridge: float, xp: Namespace) -> bool:
     where it is in double precision itself, whether there is enough of it."""
     if is_traced(a) or not writes(a) or not is_on_cpu(a) or widest_real(a, xp) == xp.float32:
         return False
-    n = a.shape[-1]
-    if real_dtype(a, xp) != xp.float32 and (n <= _SMALLEST or math.prod(a.shape) < _FEWEST):
+    n, precision = a.shape[-1], "float32" if real_dtype(a, xp) == xp.float32 else "float64"
+    if precision == "float64" and (n <= _SMALLEST or math.prod(a.shape) < _FEWEST):
         return False
     mean = _mean(a, xp)
-    return bool(np.all(_conditions(mean, n, ridge) <= _LARGEST, where=np.isfinite(mean)))
+    return bool(np.all(_conditions(mean, n, ridge) <= _LARGEST[precision], where=np.isfinite(mean)))
 
 
 def _mean(a: Array, xp: Namespace) -> np.ndarray:
