@@ -53,6 +53,8 @@ _CLASS = 2**0.25
 _MODERATE = 2.0**15
 # Beyond these what elimination in double precision leaves would show, in single precision and after a last step.
 _LARGEST = {"float32": 2.0**20, "float64": 2.0**17}
+# A smaller ridge in single precision, and √κ/ridge, which bounds the sums at the end, could overflow.
+_LEAST_RIDGE = 1e-34
 
 
 class _Problem(NamedTuple):
@@ -80,7 +82,7 @@ def applies(a: Array, *, ridge: float, xp: Namespace) -> bool:
     if is_traced(a) or not writes(a) or not is_on_cpu(a) or widest_real(a, xp) == xp.float32:
         return False
     n, precision = a.shape[-1], "float32" if real_dtype(a, xp) == xp.float32 else "float64"
-    if precision == "float64" and (n <= _SMALLEST or math.prod(a.shape) < _FEWEST):
+    if ridge < _LEAST_RIDGE if precision == "float32" else n <= _SMALLEST or math.prod(a.shape) < _FEWEST:
         return False
     mean = _mean(a, xp)
     return bool(np.all(_conditions(mean, n, ridge) <= _LARGEST[precision], where=np.isfinite(mean)))
@@ -208,14 +210,15 @@ def _pivot(p: Array, valid: np.ndarray, problem: _Problem, xp: Namespace) -> tup
     conditions = upper / lower
     condition = _CLASS ** max(1, math.ceil(math.log(np.max(conditions), _CLASS)))
     chosen = _steps(condition, math.sqrt(problem.eps / 32))
-    q = xp.astype(p, problem.first, copy=False)
+    scale = from_host(1 / upper[:, None, None], p, xp)
+    q = xp.astype(scale * p, problem.first, copy=False)
     first, *others = chosen.steps
     inner, outer = _weights(first)
-    x = add_to_diagonal(from_host((-outer / upper**2)[:, None, None], q, xp) * q, from_host(inner / upper, q, xp), xp)
+    x = add_to_diagonal(-outer * q, inner, xp)
     for step in others:
         inner, outer = _weights(step)
         x = add_product(x, stacked_product(x, q, xp), x, xp, beta=inner, alpha=-outer)
-    x = xp.astype(x, p.dtype, copy=False)
+    x = scale * xp.astype(x, p.dtype, copy=False)
     e = stacked_product(x, p, xp)
     x = add_product(x, e, x, xp, beta=2.0, alpha=-1.0)
     # No eigenvalue of E is above 1 + √(eps/32): what is not inverted is below 1, and missing from the trace.

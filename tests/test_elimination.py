@@ -95,6 +95,21 @@ def test_error_of_double_precision(n, condition, kind):
     assert info.residual.max() <= 0.05 * condition**2 * eps + n * condition * eps
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [("f4", 1e-31), ("f4", 1e-35), ("f4", 1e35), ("c8", 1e30), ("f8", 1e-300), ("f8", 1e305)]
+)
+def test_no_scale_is_too_large_or_too_small(dtype, scale):
+    gram = np.asarray(gaussian_gram(np.random.default_rng(0).standard_normal((30, 40, 3))))
+    a = (gram * scale).astype(dtype)
+    ridge = 0.01 * scale
+    x, info = pinv_newton(a, hermitian=True, ridge=ridge, return_info=True)
+    assert _elimination.applies(a, ridge=ridge, xp=xnp) == (scale != 1e-35)
+    assert info.finite.all()
+    wide = np.complex128 if dtype == "c8" else float
+    exact = np.linalg.inv(a.astype(wide) / scale + 0.01 * np.eye(40))
+    assert relative_error(x.astype(wide) * scale, exact) <= 4001 * float(np.finfo(a.dtype).eps)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n", [33, 49, 190])
 def test_blocks_that_have_most_of_their_eigenvectors_in_common(n, dtype):
