@@ -135,7 +135,8 @@ def _needed(
     others = xp.linalg.trace(p) - start.value
     figures = (start.upper, start.value, xp.real(others) / max(1, p.shape[-1] - 1), ridge)
     upper, value, mean, ridge = (to_host(v).astype(np.float64) for v in figures)
-    most, least = upper / ridge, value / np.maximum(mean, ridge)
+    # No mean is above the largest eigenvalue, but where there are negative ones.
+    most, least = upper / ridge, np.maximum(value / np.maximum(mean, ridge), 1.0)
     known = np.isfinite(most) & np.isfinite(least)
     measured = min(np.max(most, initial=_CLASS, where=known), 1 / eps)
     hidden = eps / 128 * np.min(least, initial=1 / eps, where=known)

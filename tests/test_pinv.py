@@ -380,6 +380,15 @@ def test_a_bound_shortens_the_schedule_of_a_traced_program():
     assert steps(upper=20.0) < 0.7 * steps()
 
 
+def test_a_negative_matrix_is_seen_alone_and_beside_others(xp: Backend):
+    good = gaussian_gram(np.random.default_rng(0).standard_normal((3, 6, 2)))
+    for a in (-good, np.concatenate([-good, good])):
+        x, info = pinv_newton(xp.asarray(a), hermitian=True, ridge=0.01, return_info=True)
+        assert to_host(info.finite).tolist() == [False] * 3 + [True] * (len(a) - 3)
+        assert np.isnan(to_host(x)[:3]).all()
+        assert np.isfinite(to_host(x)[3:]).all()
+
+
 @pytest.mark.parametrize("wrong", ["indefinite", "larger", "nan"])
 def test_a_bound_that_does_not_hold_is_seen(wrong):
     good = gaussian_gram(np.random.default_rng(0).standard_normal((10, 3)))
