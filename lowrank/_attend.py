@@ -20,6 +20,7 @@ Numerical Algorithms", 2002, chapter 12, on iterative refinement).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,9 +35,9 @@ from lowrank._array import (
 )
 from lowrank.kernels import _expanded_squared_distances, _slices
 
-# Entries of a block of C. It is written once and read by two to six operations: with 2¹⁸ to 2²⁰ entries it stays in the
-# cache, and what it costs to start an operation is small beside it. A GPU wants few and large operations.
-_CPU_ENTRIES, _GPU_ENTRIES = 2**19, 2**25
+# Entries of a block of C. It is written once and read by two to six operations: with up to 2²⁰ entries it stays in the
+# cache, and a block that holds all tokens is computed once instead of twice. A GPU wants few and large operations.
+_CPU_ENTRIES, _GPU_ENTRIES = 2**20, 2**25
 
 # Each correction multiplies the error of w by I − MP once more: where that is eps^⅓, two leave eps. The derivative that
 # a library takes of the corrections, M held fixed, has the error 3‖I − MP‖², and that of ``backward`` the error of w.
@@ -141,10 +142,15 @@ def _groups(q: Array, z: Array) -> Iterator[tuple[tuple[slice, slice], list[slic
     """Batch elements whose part of C is one block, or one element and the rows of its blocks."""
     batch, heads, n, _ = q.shape
     most = max(1, (_CPU_ENTRIES if is_on_cpu(q) else _GPU_ENTRIES) // z.shape[-2])  # rows in a block
-    blocks = list(_slices(n, most))
+    blocks = list(_slices(n, _share(n, most)))
     for images in _slices(batch, max(1, most // (n * heads))):
-        for some_heads in _slices(heads, max(1, most // n)):
+        for some_heads in _slices(heads, _share(heads, max(1, most // n))):
             yield (images, some_heads), blocks
+
+
+def _share(total: int, most: int) -> int:
+    """The size of parts of at most ``most``, all but the last of them equal and that one little smaller."""
+    return math.ceil(total / math.ceil(total / most)) if total else most
 
 
 class _Memory:
