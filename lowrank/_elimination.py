@@ -77,12 +77,14 @@ class _Found(NamedTuple):
 
 
 def applies(a: Array, *, ridge: float, xp: Namespace) -> bool:
-    """Whether A is on a CPU, can be looked at, has a double precision to be computed in, and no κ is too large; and,
-    where it is in double precision itself, whether there is enough of it."""
+    """Whether A is on a CPU, can be looked at, has a double precision to be computed in, and no κ is too large; whether
+    no sum can overflow in single precision, and whether there is enough of A in double for it to pay."""
     if is_traced(a) or not writes(a) or not is_on_cpu(a) or widest_real(a, xp) == xp.float32:
         return False
     n, precision = a.shape[-1], "float32" if real_dtype(a, xp) == xp.float32 else "float64"
-    if ridge < _LEAST_RIDGE if precision == "float32" else n <= _SMALLEST or math.prod(a.shape) < _FEWEST:
+    if precision == "float32" and ridge < _LEAST_RIDGE:
+        return False
+    if precision == "float64" and (n <= _SMALLEST or math.prod(a.shape) < _FEWEST):
         return False
     mean = _mean(a, xp)
     return bool(np.all(_conditions(mean, n, ridge) <= _LARGEST[precision], where=np.isfinite(mean)))
@@ -197,6 +199,7 @@ def _in_double(a: Array, shift: float, xp: Namespace) -> Array:
 
 
 def _double(a: Array, xp: Namespace) -> Any:
+    """The dtype of double precision, real or complex as A is."""
     return xp.complex128 if xp.isdtype(a.dtype, "complex floating") else xp.float64
 
 

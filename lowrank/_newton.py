@@ -117,8 +117,8 @@ def octic(c: tuple[float, ...]) -> _Octic:
 
 
 def chunks(a: Array, xp: Namespace, *, numbers: int | None = None) -> list[Array]:
-    """The matrices of the batch, a few at a time where values can be looked at; one axis of batch where there are
-    several chunks."""
+    """The matrices of the batch, a few at a time where values can be looked at, of so many numbers or as many as suit
+    the device; one axis of batch where there are several chunks."""
     batch, (m, n) = math.prod(a.shape[:-2]), a.shape[-2:]
     parts = math.ceil(batch * m * n / (numbers or _CHUNK[is_on_cpu(a)]))
     if is_traced(a) or parts <= 1 or batch <= 1:

@@ -1,4 +1,4 @@
-"""Inverses with a ridge by block elimination: the error of single precision, what is refused, and what it costs."""
+"""Inverses with a ridge by block elimination: their error in both precisions, what becomes NaN, and what they cost."""
 
 from __future__ import annotations
 
