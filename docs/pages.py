@@ -23,7 +23,7 @@ COLUMNS = {
     "newton_schedule": ["kind", "kappa", "products"],
     "nystrom": ["points", "n", "rank", "method", "seconds", "to floor", "error"],
     "pinv": ["kind", "size", "batch", "kappa", "method", "median", "min ratio", "worst error"],
-    "pinv_accuracy": ["condition", "steps", "pinv_newton", "20 textbook steps", "Cholesky"],
+    "pinv_accuracy": ["condition", "pinv_newton", "20 textbook steps", "Cholesky"],
     "soft": ["size", "batch", "pass", "method", "median", "images/s", "memory", "gmacs", "ratio"],
 }
 VERSIONS = ("python", "numpy", "array-api-compat", "array-api-strict", "torch", "jax")

@@ -62,6 +62,15 @@ def namespace(**arrays: Array) -> Namespace:
     return xp
 
 
+def unwrapped(xp: Namespace) -> Namespace:
+    """The library itself, whose functions do without looking for operands of two dtypes first."""
+    if compat.is_torch_namespace(xp):
+        import torch
+
+        return torch
+    return xp
+
+
 def block_namespace(block: Any, x: Array, z: Array) -> Namespace:
     """The namespace of what a kernel returned for the points x and z, after checking that it is one number a pair."""
     xp = namespace(**{"what the kernel got": x, "what the kernel returned": block})
@@ -293,6 +302,23 @@ def accumulate(x: Array, y: Array, alpha: float) -> Array:
     if compat.is_torch_array(x):
         return x.add_(y, alpha=alpha)
     x += alpha * y
+    return x
+
+
+def equal(x: Array, y: Array, xp: Namespace) -> bool:
+    """Whether all entries of two arrays of one shape are equal."""
+    if compat.is_torch_array(x):
+        import torch
+
+        return torch.equal(x, y)
+    return bool(xp.all(x == y))
+
+
+def subtract_elementwise_product(x: Array, a: Array, b: Array) -> Array:
+    """x − ab, entry by entry, in the memory of x, where the library writes to arrays."""
+    if compat.is_torch_array(x):
+        return x.addcmul_(a, b, value=-1)
+    x -= a * b
     return x
 
 

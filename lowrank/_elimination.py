@@ -1,15 +1,15 @@
-"""The inverse of A + ridge·I for Hermitian A ≽ 0 on a CPU: block elimination with Newton's iteration at its pivots.
+"""The inverse of A + ridge·I for Hermitian A ≽ 0 on a CPU, by block elimination: nothing but products.
 
-P = A + ridge·I is halved until its blocks are small, and scaled Newton (V. Pan and R. Schreiber, SIAM J. Sci. Stat.
-Comput. 12, 1991) inverts the pivot blocks. Schur complements of P have no eigenvalue below the ridge either, so that
-their steps are known too; all else is six products of half the size a level, in double precision. What double precision
-itself loses is mended by one step of the whole matrix. docs/pinv.md has the analysis.
+P = A + ridge·I is halved until its blocks are small. Those are inverted by rank-one updates, a row at a time of all
+matrices at once; all else is products of half the size a level. Both are in double precision. What double precision
+itself loses is mended by a Newton step of the whole matrix. docs/pinv.md has the analysis.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -20,237 +20,184 @@ from lowrank._array import (
     add_product,
     add_to_diagonal,
     device,
-    from_host,
     is_on_cpu,
     is_traced,
     matrix_transpose_conj,
     real_dtype,
     stacked_product,
+    subtract_elementwise_product,
     to_host,
+    unwrapped,
     widest_real,
     writes,
 )
 from lowrank._definite import apply_accurately
-from lowrank._newton import Work, frobenius, hermitian_part, or_nan
-from lowrank._schedule import Plan, Step, advance, chebyshev_step, remembered
+from lowrank._newton import Work, or_nan
+from lowrank._schedule import Step
+
+# What gives the rows and columns in two slices of P, scaled, in double precision; blocks of the diagonal in memory of
+# their own.
+Part = Callable[[slice, slice], Array]
 
 # Blocks of this order and below are not divided, and nothing more often than this: a smaller product takes no less time
 # than the call for it, and a fifth level has a few per cent of the products left to save.
 _SMALLEST, _MOST_LEVELS = 16, 4
-# The products of a level, of half the order: W = CB⁻¹, its residual and correction, the Schur complement, S⁻¹W and
-# WᴴS⁻¹W.
-_PRODUCTS = 6
 # Numbers in a chunk of the batch: calls for small blocks cost more than what they no longer find in the cache.
 CHUNK = 1 << 20
-# Numbers in double precision from which on it pays there, where it takes the accurate step as well.
-_FEWEST = 1 << 15
-# After elimination in double precision, whose residual of κ²·eps this squares.
+# Multiplications in a product of all matrices, below which an inverse that need not be exact takes less time otherwise.
+_FEWEST = 1 << 23
+# After elimination in double precision, whose residual of κ²·eps/10 this squares.
 _LAST = Step(1.0, (1.0, 1.0))
-# Conditions are rounded up to powers of it.
-_CLASS = 2**0.25
-# With tr P/ridge up to it, steps in single precision and one in double leave errors of (κ·eps)² in the inverse of a
-# pivot. The correction squares them, elimination magnifies them by κ², and they are still below κ·eps.
-_MODERATE = 2.0**15
-# Beyond these what elimination in double precision leaves would show, in single precision and after a last step.
-_LARGEST = {"float32": 2.0**20, "float64": 2.0**17}
-# A smaller ridge in single precision, and √κ/ridge, which bounds the sums at the end, could overflow.
-_LEAST_RIDGE = 1e-34
+# Above these tr P/ridge ≥ κ that residual would show: in single precision, and after the last step.
+_LARGEST = {"float32": 2.0**24, "float64": 2.0**20}
+# No pivot is below the smallest eigenvalue of P. One that is, by as much as this, shows that A is not as declared.
+_SLACK = 8.0
 
 
-class _Problem(NamedTuple):
-    """The smallest eigenvalues that P may have, on the host, the eps that its inverse is wanted to, and the precision
-    that pivots are inverted in at first."""
-
-    ridge: np.ndarray
-    eps: float
-    first: Any
-
-
-class _Found(NamedTuple):
-    """Which matrices have had all their pivots inverted, on the host; the largest bound that steps promise, and the
-    largest number of them; and the products, in units of one of order 1."""
-
-    valid: np.ndarray
-    bound: float
-    steps: int
-    products: float
-
-
-def applies(a: Array, *, ridge: float, xp: Namespace) -> bool:
-    """Whether A is on a CPU, can be looked at, has a double precision to be computed in, and no κ is too large; whether
-    no sum can overflow in single precision, and whether there is enough of A in double for it to pay."""
+def applies(a: Array, *, ridge: float, tol: float | None = None, xp: Namespace) -> bool:
+    """Whether A is on a CPU, can be looked at, has a double precision to be computed in, and no κ is too large; and
+    whether it is faster than what stops at ``tol``."""
     if is_traced(a) or not writes(a) or not is_on_cpu(a) or widest_real(a, xp) == xp.float32:
         return False
-    n, precision = a.shape[-1], "float32" if real_dtype(a, xp) == xp.float32 else "float64"
-    if precision == "float32" and ridge < _LEAST_RIDGE:
+    n, largest = a.shape[-1], _LARGEST["float32" if real_dtype(a, xp) == xp.float32 else "float64"]
+    if tol is not None and math.prod(a.shape) * n < _FEWEST:
         return False
-    if precision == "float64" and (n <= _SMALLEST or math.prod(a.shape) < _FEWEST):
-        return False
-    mean = _mean(a, xp)
-    return bool(np.all(_conditions(mean, n, ridge) <= _LARGEST[precision], where=np.isfinite(mean)))
-
-
-def _mean(a: Array, xp: Namespace) -> np.ndarray:
-    """The mean of the eigenvalues, on the host."""
-    return np.asarray(to_host(xp.sum(xp.real(xp.linalg.diagonal(a)) / a.shape[-1], axis=-1)))
-
-
-def _conditions(mean: np.ndarray, n: int, ridge: float) -> np.ndarray:
-    """tr P/ridge ≥ κ."""
+    mean = to_host(xp.sum(xp.real(xp.linalg.diagonal(a)) / n, axis=-1))
     with np.errstate(all="ignore"):
-        return n * (mean / ridge + 1)
+        return bool(np.all(n * (mean / ridge + 1) <= largest, where=np.isfinite(mean)))
 
 
 def inverse(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work]:
     """(A + ridge·I)⁻¹ for Hermitian A ≽ 0, itself Hermitian to the last bit, as ``_definite.scaled_newton`` has it.
 
-    Where A is not as declared, the steps do not invert some pivot block. That is measured, and the result is NaN.
+    Where A is not as declared, some pivot is not positive, and the result is NaN.
     """
     n = a.shape[-1]
     matrices = xp.reshape(a, (-1, n, n))
+    single = real_dtype(a, xp) == xp.float32
+    wide = xp.complex128 if xp.isdtype(a.dtype, "complex floating") else xp.float64
     levels = min(_MOST_LEVELS, max(0, math.ceil(math.log2(n / _SMALLEST))))
-    mean = _mean(matrices, xp)
-    conditions, eps = _conditions(mean, n, ridge), float(xp.finfo(a.dtype).eps)
-    with np.errstate(all="ignore"):
-        if real_dtype(a, xp) == xp.float32:
-            x, found = _single(matrices, ridge, conditions, levels, eps, xp)
-        else:
-            x, found = _accurate(matrices, ridge, mean, levels, eps, xp)
-        # A relative error of t in the inverses of the pivots is one of t·√κ from the left.
-        bound = np.where(found.valid, found.bound * np.sqrt(conditions), 0.0)
-    figures = np.broadcast_arrays(found.steps, math.ceil(found.products / n**3), bound, 0.0)
-    steps, products, bound, cutoff = (
-        from_host(np.reshape(v, a.shape[:-2]), a, xp, dtype=real_dtype(a, xp)) for v in figures
-    )
-    valid = from_host(np.reshape(found.valid, a.shape[:-2]), a, xp, dtype=xp.bool)
-    return or_nan(valid, xp.reshape(x, a.shape), xp), Work(steps, products, bound, cutoff, valid)
+    # The power of two next to 1/tr P at its largest, by which multiplication is exact: no entry of P is above 1.
+    scale = 2.0 ** min(-math.frexp(ridge)[1] - math.log2(_LARGEST["float32"]), 1000.0)
+
+    def part(rows: slice, columns: slice) -> Array:
+        values = xp.astype(matrices[:, rows, columns], wide)
+        values *= scale
+        return add_to_diagonal(values, ridge * scale, xp) if rows == columns else values
+
+    x, pivots = (_rounded if single else _polished)(part, scale, matrices, levels, xp)
+    valid = xp.all((pivots > 0.5) & (pivots <= _SLACK / (ridge * scale)), axis=0)
+    valid = xp.reshape(valid, a.shape[:-2])
+    products = _products(n, levels) + (0 if single else (accurate_cost(a, xp) + 1) * n**3)
+    zero = xp.zeros(a.shape[:-2], dtype=real_dtype(a, xp), device=device(a))
+    work = Work(zero + (0.0 if single else 1.0), zero + float(math.ceil(products / n**3)), zero, zero, valid)
+    return or_nan(valid, xp.reshape(x, a.shape), xp), work
 
 
-def _single(
-    a: Array, ridge: float, conditions: np.ndarray, levels: int, eps: float, xp: Namespace
-) -> tuple[Array, _Found]:
-    """The inverse in single precision, in which only pivots and the end are computed."""
-    finite = np.isfinite(conditions)
-    moderate = np.all(conditions <= _MODERATE, where=finite)
-    problem = _Problem(np.full(a.shape[0], ridge), eps, a.dtype if moderate else _double(a, xp))
-    x = xp.empty(a.shape, dtype=a.dtype, device=device(a))
-    return x, _invert(a, ridge, x, finite, levels, problem, xp)
-
-
-def _accurate(a: Array, ridge: float, mean: np.ndarray, levels: int, eps: float, xp: Namespace) -> tuple[Array, _Found]:
-    """The inverse in double precision, with a step from an accurate E after elimination."""
-    # The power of two below 1/tr P, by which multiplication is exact; no entry of P is larger than its trace.
-    trace = a.shape[-1] * 0.5 * mean + a.shape[-1] * 0.5 * ridge
-    scale = 0.5 * 2.0 ** -np.ceil(np.log2(np.where(np.isfinite(trace) & (trace > 0), trace, 1.0)))
-    p = from_host(scale[:, None, None], a, xp) * a
-    p = add_to_diagonal(p, from_host(ridge * scale, a, xp), xp)
-    x = xp.empty(a.shape, dtype=a.dtype, device=device(a))
-    problem = _Problem(ridge * scale, eps, a.dtype)
-    found = _invert(p, 0.0, x, np.isfinite(mean), levels, problem, xp)
-    x = apply_accurately(_LAST, x, p, xp)
-    x = x + matrix_transpose_conj(x, xp)
-    x *= from_host(0.5 * scale[:, None, None], a, xp)
-    products = found.products + (accurate_cost(p, xp) + 1) * a.shape[-1] ** 3
-    return x, found._replace(steps=found.steps + 1, products=products)
-
-
-def _invert(
-    a: Array, shift: float, x: Array, valid: np.ndarray, levels: int, problem: _Problem, xp: Namespace
-) -> _Found:
-    """Write the inverse of P = A + shift·I to X, which may be A, or its Hermitian part in single precision.
-
-    With P = [[B, Cᴴ], [C, D]], W = CB⁻¹ and S = D − WCᴴ it is [[B⁻¹ + WᴴS⁻¹W, −WᴴS⁻¹], [−S⁻¹W, S⁻¹]]. W is corrected
-    by its residual, once, which makes it the solution of equations next to WB = C (N. J. Higham, Accuracy and Stability
-    of Numerical Algorithms, 2002, ch. 12); without, errors of B⁻¹ would grow by κ with every level.
-    """
-    single = x.dtype != _double(x, xp)
+def _rounded(part: Part, scale: float, a: Array, levels: int, xp: Namespace) -> tuple[Array, Array]:
+    """The inverse in single precision, to which nothing is rounded before the last of what cancels."""
+    n, h = a.shape[-1], a.shape[-1] // 2
     if levels == 0:
-        inverse, found = _pivot(_in_double(a, shift, xp), valid, problem, xp)
-        x[...] = hermitian_part(xp.astype(inverse, x.dtype), xp) if single else inverse
-        return found
-    h = a.shape[-1] // 2
-    b, c = _in_double(a[:, :h, :h], shift, xp), _in_double(a[:, h:, :h], 0.0, xp)
-    left = xp.empty_like(b)
-    first = _invert(b, 0.0, left, valid, levels - 1, problem, xp)
+        y, pivots = _swept(part(slice(0, n), slice(0, n)), xp)
+        x = xp.empty(a.shape, dtype=a.dtype, device=device(a))
+        diagonal = [(x, y)]
+    else:
+        left, w, right, pivots = _divided(part, n, levels, a.dtype, xp)
+        left, below = _joined(left, w, right, xp)
+        x = xp.empty(a.shape, dtype=a.dtype, device=device(a))
+        diagonal = [(x[:, :h, :h], left), (x[:, h:, h:], right)]
+        xp.multiply(below, -scale, out=x[:, h:, :h])
+        xp.multiply(matrix_transpose_conj(below, xp), -scale, out=x[:, :h, h:])
+    for block, y in diagonal:
+        xp.add(y, matrix_transpose_conj(y, xp), out=block)
+        block *= -0.5 * scale
+    return x, pivots
+
+
+def _polished(part: Part, scale: float, a: Array, levels: int, xp: Namespace) -> tuple[Array, Array]:
+    """The inverse in double precision, with a step from an accurate E after elimination."""
+    n = a.shape[-1]
+    p = part(slice(0, n), slice(0, n))
+    x, pivots = _negative_inverse(xp.asarray(p, copy=True), levels, xp)
+    x = apply_accurately(_LAST, xp.negative(x, out=x), p, xp)
+    x = x + matrix_transpose_conj(x, xp)
+    x *= 0.5 * scale
+    return x, pivots
+
+
+def _negative_inverse(p: Array, levels: int, xp: Namespace) -> tuple[Array, Array]:
+    """−P⁻¹, in the memory of P, and the reciprocals of the pivots, of shape (n, batch)."""
+    if levels == 0:
+        return _swept(p, xp)
+    n, h = p.shape[-1], p.shape[-1] // 2
+    left, w, right, pivots = _divided(
+        lambda i, j: xp.asarray(p[:, i, j], copy=True) if i == j else p[:, i, j], n, levels, p.dtype, xp
+    )
+    left, below = _joined(left, w, right, xp)
+    p[:, :h, :h] = left
+    p[:, h:, :h] = below
+    p[:, :h, h:] = matrix_transpose_conj(below, xp)
+    p[:, h:, h:] = right
+    return p, pivots
+
+
+def _divided(part: Part, n: int, levels: int, dtype: Any, xp: Namespace) -> tuple[Array, Array, Array, Array]:
+    """L = −B⁻¹, W = CL and R = −S⁻¹, S = D + WCᴴ, of P = [[B, Cᴴ], [C, D]] of order n, and the reciprocals of pivots.
+
+    What is returned of ``dtype`` is so as soon as nothing is left that cancels: memory that a library gives back to
+    the system at the end of every call costs as much as the products.
+    """
+    first, second = slice(0, n // 2), slice(n // 2, n)
+    left, upper = _negative_inverse(part(first, first), levels - 1, xp)
+    c = part(second, first)
     w = stacked_product(c, left, xp)
-    w = add_product(w, add_product(c, w, b, xp, alpha=-1.0), left, xp, out=w)
-    right = _in_double(a[:, h:, h:], shift, xp)
-    right = add_product(right, w, matrix_transpose_conj(c, xp), xp, alpha=-1.0, out=right)
-    second = _invert(right, 0.0, right, first.valid, levels - 1, problem, xp)
-    # Nothing cancels from here on, so that rounding to the precision of X may come before.
-    left, right, w = (xp.astype(v, x.dtype, copy=False) for v in (left, right, w))
+    left = xp.astype(left, dtype, copy=False)
+    s = part(second, second)
+    s = add_product(s, w, matrix_transpose_conj(c, xp), xp, out=s)
+    del c
+    w = xp.astype(w, dtype, copy=False)
+    right, lower = _negative_inverse(s, levels - 1, xp)
+    del s
+    return left, w, xp.astype(right, dtype, copy=False), xp.concat([upper, lower])
+
+
+def _joined(left: Array, w: Array, right: Array, xp: Namespace) -> tuple[Array, Array]:
+    """The blocks of [[L + WᴴRW, WᴴR], [RW, R]] = −P⁻¹ that have to be computed, the first in the memory of L."""
     below = stacked_product(right, w, xp)
-    left = add_product(left, matrix_transpose_conj(w, xp), below, xp, out=left)
-    below *= -1.0
-    if single:
-        left, right = hermitian_part(left, xp), hermitian_part(right, xp)
-    x[:, :h, :h] = left
-    x[:, h:, :h] = below
-    x[:, :h, h:] = matrix_transpose_conj(below, xp)
-    x[:, h:, h:] = right
-    products = first.products + second.products + _PRODUCTS * (a.shape[-1] / 2) ** 3
-    return _Found(second.valid, max(first.bound, second.bound), max(first.steps, second.steps), products)
+    return add_product(left, matrix_transpose_conj(w, xp), below, xp, out=left), below
 
 
-def _in_double(a: Array, shift: float, xp: Namespace) -> Array:
-    """A + shift·I in double precision, in memory of its own."""
-    p = xp.astype(a, _double(a, xp))
-    return add_to_diagonal(p, shift, xp) if shift else p
+def _swept(p: Array, xp: Namespace) -> tuple[Array, Array]:
+    """−P⁻¹, in the memory of P, and the reciprocals of the pivots d, by the sweep operator (J. H. Goodnight, Amer.
+    Statist. 33, 1979), with the matrices of the batch along the last axis.
 
-
-def _double(a: Array, xp: Namespace) -> Any:
-    """The dtype of double precision, real or complex as A is."""
-    return xp.complex128 if xp.isdtype(a.dtype, "complex floating") else xp.float64
-
-
-def _pivot(p: Array, valid: np.ndarray, problem: _Problem, xp: Namespace) -> tuple[Array, _Found]:
-    """P⁻¹ by steps of order 2, the first of them a polynomial in P and the last from an E in double precision, and
-    whether that E shows that they have led to κ·eps."""
+    Row k, with 1 taken from its pivot, is w, and P ← P − wᴴw/d turns row and column k into w/d and the pivot into
+    2 − 1/d; all pivots are 1 at the most.
+    """
     n = p.shape[-1]
-    lower, upper = _interval(_mean(p, xp), to_host(frobenius(p, xp)) ** 2 / n, n, problem.ridge)
-    valid = valid & np.isfinite(upper) & (upper >= problem.ridge)
-    upper = np.where(valid, upper, lower)
-    conditions = upper / lower
-    condition = _CLASS ** max(1, math.ceil(math.log(np.max(conditions), _CLASS)))
-    chosen = _steps(condition, math.sqrt(problem.eps / 32))
-    scale = from_host(1 / upper[:, None, None], p, xp)
-    q = xp.astype(scale * p, problem.first, copy=False)
-    first, *others = chosen.steps
-    inner, outer = _weights(first)
-    x = add_to_diagonal(-outer * q, inner, xp)
-    for step in others:
-        inner, outer = _weights(step)
-        x = add_product(x, stacked_product(x, q, xp), x, xp, beta=inner, alpha=-outer)
-    x = scale * xp.astype(x, p.dtype, copy=False)
-    e = stacked_product(x, p, xp)
-    x = add_product(x, e, x, xp, beta=2.0, alpha=-1.0)
-    # No eigenvalue of E is above 1 + √(eps/32): what is not inverted is below 1, and missing from the trace.
-    missing = 1 - _mean(e, xp)
-    valid = valid & (missing <= np.minimum(0.25 * np.sqrt(conditions * problem.eps), 0.25 / n))
-    bound = max(1 - chosen.low, chosen.high - 1) ** 2
-    return x, _Found(valid, bound, len(chosen.steps) + 1, (chosen.products + 2) * n**3)
+    q = xp.empty((n, n, p.shape[0]), dtype=p.dtype, device=device(p))
+    q[...] = xp.permute_dims(p, (1, 2, 0))
+    complex_ = xp.isdtype(p.dtype, "complex floating")
+    units = xp.eye(n, dtype=p.dtype, device=device(p))[:, :, None]
+    w, swept = xp.empty_like(q[0]), xp.empty_like(q)
+    column = w[:, None]
+    library = unwrapped(xp)
+    for row, pivot, unit, out in zip(list(q), list(xp.real(_pivots(q, xp))), list(units), list(swept), strict=True):
+        library.subtract(row, unit, out=w)
+        library.divide(w, pivot, out=out)
+        subtract_elementwise_product(q, xp.conj(column) if complex_ else column, out)
+    reciprocals = 1 - xp.real(_pivots(swept, xp))
+    p[...] = add_to_diagonal(xp.permute_dims(q, (2, 0, 1)), -2.0, xp)
+    return p, reciprocals
 
 
-def _interval(mean: np.ndarray, square: np.ndarray, n: int, ridge: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds on n eigenvalues ≥ ridge from their mean and that of their squares: none is further from the mean than
-    √(n − 1) standard deviations (H. Wolkowicz and G. P. H. Styan, Linear Algebra Appl. 29, 1980)."""
-    # The difference is right to eps·mean², its root to 1e-8·mean.
-    reach = np.sqrt((n - 1) * np.maximum(square - mean**2, 0.0)) + 1e-6 * mean
-    return np.fmax(mean - reach, ridge), mean + reach
+def _pivots(q: Array, xp: Namespace) -> Array:
+    """The diagonals of matrices along the last axis, a view of shape (n, batch)."""
+    return xp.permute_dims(xp.linalg.diagonal(xp.permute_dims(q, (2, 0, 1))), (1, 0))
 
 
-def _weights(step: Step) -> tuple[float, float]:
-    """β and α of a step of order 2, X ← βX − αEX."""
-    c0, c1 = step.coefficients
-    return step.scale * (c0 + c1), step.scale**2 * c1
-
-
-@remembered
-def _steps(condition: float, tolerance: float) -> Plan:
-    """Steps of order 2 from spectra in [1/condition, 1]; the first takes no product."""
-    steps: list[Step] = []
-    low, high = 1 / condition, 1.0
-    while not steps or max(1 - low, high - 1) > tolerance:
-        steps.append(chebyshev_step(2, low, high))
-        low, high = advance(steps[-1], low, high)
-    return Plan(tuple(steps), low, high, 2 * len(steps) - 2)
+def _products(n: int, levels: int) -> float:
+    """Multiplications per matrix."""
+    if levels == 0:
+        return n**3
+    return _products(n // 2, levels - 1) + _products(n - n // 2, levels - 1) + 4 * (n / 2) ** 3

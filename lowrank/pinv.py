@@ -1,10 +1,10 @@
 """Moore–Penrose inverses from matrix products: ``pinv_newton``.
 
 With ``steps`` it is the textbook iteration X ← X(2I − AX) (Ben-Israel & Cohen, SIAM J. Numer. Anal. 3, 1966). Without,
-a positive semidefinite matrix with a ridge is inverted by scaled Newton, in ``_definite``, block by block in
-``_elimination``; any other gets the truncated pseudoinverse by growth and purification, in ``_truncated``, or from its
-Gram matrix, in ``_tall``. Here are the options, the textbook iteration, the library's own factorisations, the
-derivative's place and the certificate.
+a positive semidefinite matrix with a ridge is inverted by scaled Newton, in ``_definite``, or, on a CPU, by block
+elimination, in ``_elimination``; any other gets the truncated pseudoinverse by growth and purification, in
+``_truncated``, or from its Gram matrix, in ``_tall``. Here are the options, the textbook iteration, the library's own
+factorisations, the derivative's place and the certificate.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from lowrank._array import (
     carries_derivative,
     check_flag,
     device,
-    has_derivative,
+    equal,
     identity,
     is_half,
     is_integer,
     is_traced,
+    is_transformed,
     matrix_transpose_conj,
     namespace,
     number,
@@ -63,10 +64,11 @@ class PinvInfo(NamedTuple):
     Parameters
     ----------
     steps : array of int
-        Newton steps and purifications spent on the element, or on that of its blocks which took most (0 for
-        ``method="direct"``).
+        Newton steps and purifications spent on the element: 0 for ``method="direct"``, and, with ``ridge`` on a CPU,
+        for elimination in single precision.
     products : array of int
-        Matrix products spent on it, those that estimate its norm included, and those of its blocks by their share.
+        Matrix products spent on it, those that estimate its norm included; those of its blocks by their share, rounded
+        up.
     bound : array of float
         Bound, in exact arithmetic, on ‖I − XA‖₂ over the singular vectors whose singular value is at least 1.7 times
         the cutoff, from the schedule and from what was measured on the way. With ``steps=`` and no ridge nothing is
@@ -137,15 +139,16 @@ def pinv_newton(
         what is inverted. The result equals its own conjugate transpose to the last bit, but with ``tol`` or ``steps``.
     ridge : float
         δ > 0 declares ``a`` Hermitian positive semidefinite (``hermitian=True`` is required) and means
-        ``a + δ I`` throughout. The number of steps then follows from δ and a bound on ‖a‖.
+        ``a + δ I`` throughout. Steps then follow from δ and a bound on ‖a‖. NumPy and torch arrays on a CPU need none:
+        they are inverted by block elimination, which is products as well.
     upper : float, optional
-        With ``ridge``: declares that no eigenvalue of ``a`` is above it. Wherever steps are for the matrix as a whole
-        they then follow from κ = (upper + δ)/δ without a look at ``a``, also in a traced program, where they are else
-        those of the largest κ that the precision allows. For a kernel matrix n·max k(x, x) will do.
+        With ``ridge``: declares that no eigenvalue of ``a`` is above it. Steps then follow from κ = (upper + δ)/δ
+        without a look at ``a``, also in a traced program, where they are else those of the largest κ that the
+        precision allows. For a kernel matrix n·max k(x, x) will do.
     tol : float, optional
         With ``ridge`` and ``upper``: stop where ‖I − X(a + δ I)‖₂ ≤ ``tol``, up to rounding of κ·eps, and polish
-        nothing, nor make the result Hermitian: for a preconditioner, or an inverse that is corrected where it is used.
-        In (0, 1); by default the working precision.
+        nothing, nor make the result Hermitian, unless that takes longer: for a preconditioner, or an inverse that is
+        corrected where it is used. In (0, 1); by default the working precision.
     alpha : float or array of shape (...), optional
         Scale of the start X₀ = α Aᴴ, with ``steps`` only; converges for 0 < α < 2/σ_max². The default is
         1.8/(‖A‖₁‖A‖_∞).
@@ -154,7 +157,7 @@ def pinv_newton(
         the truncated pseudoinverse is computed to near working precision.
     method : {"newton", "direct"}
         ``"direct"`` computes the same truncated pseudoinverse from the library's own eigh or SVD: the better choice
-        for one large matrix on a CPU.
+        for one large matrix without a ridge on a CPU.
     return_info : bool
         Also return a :class:`PinvInfo`, at the cost of two products.
 
@@ -327,11 +330,11 @@ def _checked_hermitian(a: Array, given_dtype: Any, xp: Namespace) -> tuple[Array
 
     (A Frobenius norm would overflow or vanish at scales where the entries do not.)
     """
+    if not (is_traced(a) or carries_derivative(a)) and equal(a, matrix_transpose_conj(a, xp), xp):
+        return xp.ones(a.shape[:-2], dtype=xp.bool, device=device(a)), a
     tolerance = math.sqrt(float(xp.finfo(given_dtype).eps))
     gaps = [xp.max(_magnitude(part - matrix_transpose_conj(part, xp), xp), axis=(-2, -1)) for part in chunks(a, xp)]
     gap = gaps[0] if len(gaps) == 1 else xp.reshape(xp.concat(gaps), a.shape[:-2])
-    if not (is_traced(a) or carries_derivative(a)) and bool(xp.all(gap == 0)):
-        return gap == 0, a
     return gap <= tolerance * xp.max(xp.abs(a), axis=(-2, -1)), hermitian_part(a, xp)
 
 
@@ -343,8 +346,8 @@ def _magnitude(difference: Array, xp: Namespace) -> Array:
 def _differentiable(
     solve: Callable[[Array], tuple[Array, Work]], p: Array, *, full_rank: bool, xp: Namespace
 ) -> tuple[Array, Work]:
-    """solve(p), with the closed-form derivative attached where the library differentiates."""
-    if not has_derivative(p):
+    """solve(p), with the closed-form derivative attached where one may be asked for."""
+    if not (is_traced(p) or carries_derivative(p) or is_transformed(p)):
         return solve(p)
     from lowrank import _gradients
 
@@ -399,7 +402,7 @@ def _with_ridge(a: Array, *, ridge: float, upper: float | None, tol: float | Non
     """(A + ridge·I)⁻¹ by the fused kernel or by elimination where they apply, else by the plain path."""
     if _fused.applies(a, ridge=ridge, xp=xp):
         return _fused.scaled_newton(a, ridge=ridge, xp=xp)
-    if tol is None and _elimination.applies(a, ridge=ridge, xp=xp):
+    if _elimination.applies(a, ridge=ridge, tol=tol, xp=xp):
         solve = partial(_elimination.inverse, ridge=ridge, xp=xp)
         return in_chunks(solve, a, xp, numbers=_elimination.CHUNK)
     return in_chunks(partial(scaled_newton, ridge=ridge, upper=upper, tol=tol, xp=xp), a, xp)

@@ -28,5 +28,4 @@ def test_pinv_is_as_accurate_as_cholesky(tmp_path):
     rows = json.loads((tmp_path / "pinv_accuracy.json").read_text())["rows"]
     assert max(row["condition"] for row in rows) > 4.8e3
     for row in rows:
-        assert row["steps"] <= 9
-        assert row["pinv_newton, worst ratio to Cholesky"] <= 1.5
+        assert row["pinv_newton, worst ratio to Cholesky"] <= 1.0

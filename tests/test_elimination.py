@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import gaussian_gram
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lowrank import _definite, _elimination, pinv_newton
 from lowrank._array import namespace, to_host
@@ -53,7 +51,7 @@ def test_error_of_single_precision(n, condition, kind):
     for complex_ in (False, True):
         a = semidefinite(spectrum(kind, n, condition), 3, complex_=complex_)
         assert _elimination.applies(a, ridge=1 / condition, xp=xnp) == (
-            np.max(np.trace(a.real, axis1=1, axis2=2)) * condition + n <= 2**20
+            np.max(np.trace(a.real, axis1=1, axis2=2)) * condition + n <= 2**24
         )
         if not _elimination.applies(a, ridge=1 / condition, xp=xnp):
             continue
@@ -75,22 +73,20 @@ def refined(p: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["even", "half", "one"])
-@pytest.mark.parametrize("condition", [10.0, 500.0, 3e3])
-@pytest.mark.parametrize("n", [17, 40, 65])
+@pytest.mark.parametrize("condition", [10.0, 500.0, 3e4])
+@pytest.mark.parametrize("n", [2, 16, 40, 65])
 def test_error_of_double_precision(n, condition, kind):
     eps = float(np.finfo(float).eps)
     q = np.linalg.qr(np.random.default_rng(n).standard_normal((2, n, n)))[0]
     a = (q * spectrum(kind, n, condition)) @ q.mT
     a = 1e100 * (a + a.mT) / 2
-    # As often as there have to be numbers.
-    many = np.concatenate([a] * 60)
-    assert _elimination.applies(many, ridge=1e100 / condition, xp=xnp)
-    x, info = pinv_newton(many, hermitian=True, ridge=1e100 / condition, return_info=True)
+    assert _elimination.applies(a, ridge=1e100 / condition, xp=xnp)
+    x, info = pinv_newton(a, hermitian=True, ridge=1e100 / condition, return_info=True)
     assert info.finite.all()
     assert np.array_equal(x, x.mT)
     exact = refined(a / 1e100 + np.eye(n) / condition)
     # What a change of P in its last bits does: the sum A + δI is rounded.
-    assert relative_error(1e100 * x[-2:], exact) <= 0.5 * condition * eps
+    assert relative_error(1e100 * x, exact) <= 0.5 * condition * eps
     # From the last step on the residual is rounding as well, and the Hermitian part spreads it to both sides.
     assert info.residual.max() <= 0.05 * condition**2 * eps + n * condition * eps
 
@@ -103,7 +99,7 @@ def test_no_scale_is_too_large_or_too_small(dtype, scale):
     a = (gram * scale).astype(dtype)
     ridge = 0.01 * scale
     x, info = pinv_newton(a, hermitian=True, ridge=ridge, return_info=True)
-    assert _elimination.applies(a, ridge=ridge, xp=xnp) == (scale != 1e-35)
+    assert _elimination.applies(a, ridge=ridge, xp=xnp)
     assert info.finite.all()
     wide = np.complex128 if dtype == "c8" else float
     exact = np.linalg.inv(a.astype(wide) / scale + 0.01 * np.eye(40))
@@ -118,15 +114,14 @@ def test_blocks_that_have_most_of_their_eigenvectors_in_common(n, dtype):
     points = np.linspace(0.0, 1.0, n)
     a = np.exp(-8 * (points[:, None] - points) ** 2).astype(dtype)
     most = _elimination._LARGEST[np.dtype(dtype).name]
-    many = np.stack([a] * math.ceil(2**15 / a.size))
     ridge = 1.01 * n / (most - n)
-    assert _elimination.applies(many, ridge=ridge, xp=xnp)
-    x, info = pinv_newton(many, hermitian=True, ridge=ridge, return_info=True)
-    assert info.finite.all()
+    assert _elimination.applies(a, ridge=ridge, xp=xnp)
+    x, info = pinv_newton(a, hermitian=True, ridge=ridge, return_info=True)
+    assert info.finite
     p = a.astype(float) + ridge * np.eye(n)
     exact = refined(p)
     lower = np.linalg.inv(np.linalg.cholesky(p.astype(dtype)))
-    assert relative_error(x[0], exact) <= 0.5 * relative_error(lower.T @ lower, exact)
+    assert relative_error(x, exact) <= 0.5 * relative_error(lower.T @ lower, exact)
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
@@ -141,28 +136,81 @@ def test_agrees_with_the_plain_path_and_is_what_is_called(library, shape):
     alone, work = _elimination.inverse(a, ridge=RIDGE, xp=xp)
     plain, _ = _definite.scaled_newton(a, ridge=RIDGE, xp=xp)
     called, alone, plain = (to_host(v) for v in (called, alone, plain))
-    # Matrices of one chunk share their steps; apart from that the results are the same numbers.
+    # A product may add up in another order in another batch.
     assert relative_error(called, alone) <= 20 * EPS
     assert relative_error(called, plain) <= (n + RIDGE) / RIDGE * EPS
-    assert info.products.max() <= (18 if n <= 16 else 8)  # of the whole matrix, where it is not divided
-    assert info.steps.max() <= 14
+    # Rank-one updates by all rows of a block are one product of it, and a level takes four of half the order.
+    assert info.products.max() == 1
+    assert info.steps.max() == info.bound.max() == 0
     assert tuple(work.valid.shape) == tuple(info.bound.shape) == tuple(batch)
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 30])
+@pytest.mark.parametrize("complex_", [False, True])
+def test_sweeps_invert_and_show_the_pivots(n, complex_):
+    rng = np.random.default_rng(n)
+    z = rng.standard_normal((5, n, n)) + (1j * rng.standard_normal((5, n, n)) if complex_ else 0)
+    p = z @ z.conj().mT + np.eye(n)
+    p /= np.trace(p.real, axis1=1, axis2=2)[:, None, None]
+    exact, lower = np.linalg.inv(p), np.linalg.cholesky(p)
+    for xp, asarray in ((xnp, np.copy), (xtorch, torch.tensor)):
+        given_ = asarray(p)
+        x, reciprocals = _elimination._swept(given_, xp)
+        assert x is given_
+        condition = float(np.max(np.linalg.cond(p)))
+        assert relative_error(-to_host(x), exact) <= n * condition * np.finfo(float).eps
+        pivots = np.diagonal(lower.real, axis1=1, axis2=2) ** 2
+        np.testing.assert_allclose(to_host(reciprocals).T * pivots, 1.0, rtol=n * condition * np.finfo(float).eps)
+
+
+def test_elimination_in_double_precision_leaves_what_one_step_mends():
+    """κ²·eps/10, for kernels whose blocks have most of their eigenvectors in common, the worst that is known, times
+    phases as well: for complex matrices that takes blocks that stay Hermitian to the last bits."""
+    for n in (33, 65, 140):
+        points = np.linspace(0.0, 1.0, n)
+        phases = np.exp(2j * np.pi * np.random.default_rng(0).random(n))
+        real = np.exp(-8 * (points[:, None] - points) ** 2)
+        for a in (real, phases[:, None] * real * phases.conj()):
+            for condition in (1e4, 1e6):
+                p = (a + n / condition * np.eye(n)) / (2 * n)
+                x, _ = _elimination._negative_inverse(p[None].copy(), math.ceil(math.log2(n / 16)), xnp)
+                left, right = x[0] @ p + np.eye(n), p @ x[0] + np.eye(n)
+                worst = max(np.linalg.norm(left, 2), np.linalg.norm(right, 2))
+                assert worst <= 0.1 * condition**2 * np.finfo(float).eps
+
+
+def test_the_least_eigenvalue_may_be_as_negative_as_was_declared_not_to_matter():
+    q = np.linalg.qr(np.random.default_rng(1).standard_normal((20, 20)))[0]
+    a = (q * np.where(np.arange(20) == 0, -0.5 * RIDGE, 1.0)) @ q.T
+    x, info = pinv_newton((a + a.T) / 2, hermitian=True, ridge=RIDGE, return_info=True)
+    assert info.finite
+    assert relative_error(x, np.linalg.inv(a + RIDGE * np.eye(20))) <= 100 * 2 / RIDGE * np.finfo(float).eps
 
 
 def test_where_it_applies():
     a = np.eye(5, dtype=np.float32)
     assert _elimination.applies(a, ridge=0.1, xp=xnp)
-    assert not _elimination.applies(a.astype(np.float64), ridge=0.1, xp=xnp)
-    assert not _elimination.applies(np.zeros((1000, 16, 16)), ridge=0.1, xp=xnp)
-    assert _elimination.applies(np.zeros((130, 17, 17)), ridge=0.1, xp=xnp)
-    assert not _elimination.applies(a, ridge=1e-7, xp=xnp)
+    assert _elimination.applies(a, ridge=5 / 2**23, xp=xnp)
+    assert not _elimination.applies(a, ridge=5 / 2**25, xp=xnp)
+    assert _elimination.applies(a.astype(float), ridge=5 / 2**19, xp=xnp)
+    assert not _elimination.applies(a.astype(float), ridge=5 / 2**21, xp=xnp)
     assert not _elimination.applies(jnp.asarray(a), ridge=0.1, xp=namespace(a=jnp.asarray(a)))
     # One that is not finite decides nothing.
     assert _elimination.applies(np.stack([a, a * np.nan]), ridge=0.1, xp=xnp)
-    assert not _elimination.applies(np.stack([a, a * 1e6]), ridge=0.1, xp=xnp)
+    assert not _elimination.applies(np.stack([a, a * 1e7]), ridge=0.1, xp=xnp)
     inside = []
     torch.vmap(lambda v: inside.append(_elimination.applies(v, ridge=0.1, xp=xtorch)) or v)(torch.eye(3)[None])
     assert inside == [False]
+
+
+def test_a_tolerance_is_met_by_either_way():
+    gram = np.asarray(gaussian_gram(np.random.default_rng(0).standard_normal((90, 49, 8))), dtype=np.float32)
+    for batch, steps in ((1, True), (90, False)):
+        a = gram[:batch]
+        assert _elimination.applies(a, ridge=0.1, tol=1e-2, xp=xnp) != steps
+        x, info = pinv_newton(a, hermitian=True, ridge=0.1, upper=49.0, tol=1e-2, return_info=True)
+        assert (info.steps.max() > 0) == steps
+        assert np.linalg.norm(np.eye(49) - x @ (a + 0.1 * np.eye(49)), 2, axis=(-2, -1)).max() <= 1e-2
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
@@ -193,48 +241,15 @@ def test_what_is_not_as_declared_is_nan_and_harms_no_other(wrong, n, library):
         expected = to_host(pinv_newton(others, hermitian=True, ridge=RIDGE))
         assert np.array_equal(x[[0, 2, 3]], expected)
     else:
-        # Its norm may decide on the steps of all, which shows in rounding only.
-        assert relative_error(x[[0, 2, 3]], expected[[0, 2, 3]]) <= 20 * EPS
-
-
-@given(st.integers(1, 30), st.floats(-8, 0), st.integers(0, 2**16), st.booleans())
-def test_the_interval_holds_the_spectrum(n, exponent, seed, flat):
-    rng = np.random.default_rng(seed)
-    values = 10.0**exponent * (1 + (1e-9 if flat else 1.0) * rng.exponential(size=n))
-    ridge = values.min()
-    low, high = _elimination._interval(np.mean(values), np.mean(values**2), n, ridge)
-    assert ridge <= low <= values.min()
-    assert high >= values.max()
-    if n == 2 or flat:  # where it is tight
-        assert high <= values.max() * (1 + 1e-5)
-
-
-@pytest.mark.parametrize("condition", [1.2, 30.0, 5e3, 1e6])
-def test_steps_lead_the_interval_to_one(condition):
-    chosen = _elimination._steps(condition, 1e-4)
-    e = np.geomspace(1 / condition, 1.0, 2001)
-    for step in chosen.steps:
-        inner, outer = _elimination._weights(step)
-        e = inner * e - outer * e * e
-    assert np.all((e >= chosen.low * (1 - 1e-12)) & (e <= chosen.high * (1 + 1e-12)))
-    assert max(1 - chosen.low, chosen.high - 1) <= 1e-4
-    # Each step but the last few makes the smallest eigenvalue almost four times as large.
-    assert len(chosen.steps) <= np.log(condition) / np.log(3.9) + 5
-
-
-def test_a_well_conditioned_matrix_takes_few_steps_whatever_the_ridge():
-    def steps(a, ridge):
-        return int(pinv_newton(a, hermitian=True, ridge=ridge, return_info=True)[1].steps.max())
-
-    small = semidefinite(spectrum("even", 40, 5e3), 2, complex_=False)
-    near_one = np.eye(40, dtype=np.float32) + small / 40
-    assert steps(near_one, 2e-4) == steps(near_one, 1e-2) <= 5
-    assert steps(small, 2e-4) >= 9
+        assert np.array_equal(x[[0, 2, 3]], expected[[0, 2, 3]])
 
 
 def test_matrices_beyond_its_reach_take_the_plain_path():
-    a = semidefinite(spectrum("even", 20, 1e6), 2, complex_=False)
-    assert not _elimination.applies(a, ridge=1e-6 / 8, xp=xnp)
-    x, info = pinv_newton(a + 1e-6 * np.eye(20, dtype=np.float32), hermitian=True, ridge=1e-6 / 8, return_info=True)
+    a = semidefinite(spectrum("even", 20, 1e5), 2, complex_=False).astype(float)
+    ridge = 1e-5 / 64
+    assert not _elimination.applies(a, ridge=ridge, xp=xnp)
+    p = a + 1e-5 * np.eye(20)
+    x, info = pinv_newton(p, hermitian=True, ridge=ridge, return_info=True)
     assert info.finite.all()
-    assert relative_error(x, inverse_in_double(a + 1e-6 * np.eye(20, dtype=np.float32), 1e-6 / 8)) <= 1e6 * EPS
+    assert info.steps.min() > 1
+    assert relative_error(x, np.linalg.inv(p + ridge * np.eye(20))) <= 1e5 * np.finfo(float).eps

@@ -267,7 +267,7 @@ def test_direct_with_a_ridge_is_the_inverse():
 
 @pytest.mark.parametrize("spread", [1.0, 0.3, 0.1, 0.03])
 def test_ridge_matches_cholesky_in_single_precision(spread):
-    """At κ up to 4.9e3, in at most 9 steps, with no more than 1.5 times the error of a Cholesky inverse."""
+    """At κ up to 4.9e3, with no more than the error of a Cholesky inverse."""
     points = spread * np.random.default_rng(0).standard_normal((64, 49, 4))
     gram = gaussian_gram(points).astype(np.float32)
     exact = np.linalg.inv(gram.astype(np.float64) + 0.01 * np.eye(49))
@@ -278,8 +278,8 @@ def test_ridge_matches_cholesky_in_single_precision(spread):
     def error(y):
         return np.linalg.norm(y - exact, axis=(1, 2)) / np.linalg.norm(exact, axis=(1, 2))
 
-    assert info.steps.max() <= 9
-    assert np.all(error(x) <= 1.5 * error(cholesky))
+    assert info.finite.all()
+    assert np.all(error(x) <= error(cholesky))
     assert np.array_equal(x, np.swapaxes(x, 1, 2))
 
 
@@ -364,8 +364,8 @@ def test_a_declared_bound_and_tolerance(tol, condition, xp: Backend):
 def test_a_tolerance_saves_products():
     a = gaussian_gram(np.random.default_rng(0).standard_normal((4, 49, 8)))
     options = {"hermitian": True, "ridge": 0.01, "upper": 49.0, "return_info": True}
-    products = [int(pinv_newton(a, **options, tol=tol)[1].products[0]) for tol in (0.1, 5e-3, 1e-6, None)]
-    assert products == sorted(products)  # without, a and its 9,604 numbers are too few for elimination
+    products = [int(pinv_newton(a, **options, tol=tol)[1].products[0]) for tol in (0.1, 5e-3, 1e-6)]
+    assert products == sorted(products)
     assert products[1] <= 11
 
 
