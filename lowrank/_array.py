@@ -327,6 +327,26 @@ def writes(x: Array) -> bool:
     return compat.is_torch_array(x) or compat.is_numpy_array(x) or compat.is_cupy_array(x)
 
 
+def is_plain(x: Array) -> bool:
+    """Whether x is an array of its library as such, and none of a class that was derived from it."""
+    if compat.is_torch_array(x):
+        import torch
+
+        return type(x) is torch.Tensor
+    return type(x) is np.ndarray
+
+
+def new_memory(like: Array, xp: Namespace, size: int) -> Array:
+    """``size`` numbers of the dtype and on the device of ``like``, to be written to at any time, also outside of the
+    inference mode that torch may be in."""
+    if compat.is_torch_array(like):
+        import torch
+
+        with torch.inference_mode(False):
+            return torch.empty(size, dtype=like.dtype, device=like.device)
+    return xp.empty(size, dtype=like.dtype, device=device(like))
+
+
 def exp_of_negative(x: Array, xp: Namespace) -> Array:
     """exp(min(x, 0)) in the memory of x, of a library that writes to arrays."""
     if compat.is_torch_array(x):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +33,8 @@ from lowrank._array import (
     device,
     exp_of_negative,
     is_on_cpu,
+    is_plain,
+    new_memory,
 )
 from lowrank.kernels import _expanded_squared_distances, _slices
 
@@ -153,22 +156,36 @@ def _share(total: int, most: int) -> int:
     return math.ceil(total / math.ceil(total / most)) if total else most
 
 
+class _Kept(threading.local):
+    """The blocks of a thread that outlive a call."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[tuple[object, ...], Array] = {}
+
+
+_kept = _Kept()
+
+
 class _Memory:
-    """Blocks to write to, the same ones again and again: fresh memory costs more than what is computed in it."""
+    """Blocks to write to, the same ones again and again, on a CPU in all calls of a thread: fresh memory costs more
+    than what is computed in it. No more than four are kept, of up to _CPU_ENTRIES numbers, for each dtype."""
 
     def __init__(self, like: Array, xp: Namespace) -> None:
-        self.blocks: dict[tuple[object, ...], Array] = {}
-        self.new = functools.partial(xp.empty, dtype=like.dtype, device=device(like))
-        self.matmul = xp.matmul
+        self.new = functools.partial(new_memory, like, xp)
+        self.about = type(like), like.dtype
+        self.large: dict[tuple[object, ...], Array] = {}
+        self.small = _kept.blocks if is_on_cpu(like) and is_plain(like) else {}
+        self.xp = xp
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
-        key = name, *shape
-        if key not in self.blocks:
-            self.blocks[key] = self.new(tuple(shape))
-        return self.blocks[key]
+        size = math.prod(shape)
+        blocks, key = self.small if size <= _CPU_ENTRIES else self.large, (name, *self.about)
+        if key not in blocks or blocks[key].shape[0] < size:
+            blocks[key] = self.new(size)
+        return self.xp.reshape(blocks[key][:size], shape)
 
     def product(self, a: Array, b: Array) -> Array:
-        return self.matmul(a, b, out=self.take("product", (*a.shape[:-1], b.shape[-1])))
+        return self.xp.matmul(a, b, out=self.take("product", (*a.shape[:-1], b.shape[-1])))
 
 
 def _block_maker(
@@ -184,7 +201,8 @@ def _block_maker(
         x = xp.subtract(some, centre, out=memory.take("x", some.shape))
         c = memory.take("c", (*some.shape[:-1], z.shape[-2]))
         add_product(half_z, x, z_t, xp, alpha=s2, out=c)
-        accumulate(c, xp.sum(x * x, axis=-1, keepdims=True), -0.5 * s2)
+        squares = xp.multiply(x, x, out=memory.take("product", x.shape))
+        accumulate(c, xp.sum(squares, axis=-1, keepdims=True), -0.5 * s2)
         return x, exp_of_negative(c, xp)
 
     return block

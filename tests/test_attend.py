@@ -1,6 +1,7 @@
 """The blocked way forward and back of attention against its formula, all of C at once and differentiated by torch."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import array_api_compat
 import numpy as np
@@ -265,3 +266,60 @@ def test_compiled_whole(inverse):
 def test_errors_name_the_argument(options, error, message):
     with pytest.raises(error, match=message):
         softmax_free_attention(*triple(), **options)
+
+
+def attended(seed: int, n: int, library: str) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    arrays = [rng.standard_normal((2, 3, k, 8)).astype(np.float32) for k in (n, 12, n)]
+    if library == "numpy":
+        return (softmax_free_attention(arrays[0], arrays[2], arrays[1]),)
+    q, z, v = (torch.tensor(x, requires_grad=True) for x in arrays)
+    out = softmax_free_attention(q, v, z)
+    return out.detach().numpy(), *(x.numpy() for x in torch.autograd.grad(out.square().sum(), (q, z, v)))
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_memory_that_is_used_again_is_in_no_result(library):
+    first = attended(0, 100, library)
+    copies = [x.copy() for x in first]
+    others = [attended(seed, n, library) for seed, n in ((1, 100), (2, 301), (3, 7))]
+    for x, copy, again in zip(first, copies, attended(0, 100, library), strict=True):
+        assert np.array_equal(x, copy)
+        assert np.array_equal(x, again)
+    with ThreadPoolExecutor(4) as pool:
+        at_once = list(pool.map(lambda job: attended(*job, library), [(1, 100), (2, 301), (3, 7)] * 8))
+    for found, expected in zip(at_once, others * 8, strict=True):
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
+
+
+def test_memory_from_inference_serves_training_afterwards():
+    class Named(torch.Tensor):
+        """A tensor of a class of its own, which does not share memory with others."""
+
+    def run():
+        q, z = torch.zeros(1, 1, 50, 4), torch.zeros(1, 1, 5, 4)
+        with torch.inference_mode():
+            softmax_free_attention(q, q, z)
+        assert isinstance(softmax_free_attention(*(x.as_subclass(Named) for x in (q, q, z))), Named)
+        assert {kind for _, kind, _ in _attend._kept.blocks} == {torch.Tensor}
+        x = q.clone().requires_grad_()
+        softmax_free_attention(x, x, z).sum().backward()
+        return bool(torch.isfinite(x.grad).all())
+
+    # In a thread of its own, where nothing has been kept yet.
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run).result()
+
+
+def test_no_more_is_kept_than_some_blocks():
+    def kept():
+        q, z = np.zeros((1, 1, 3000, 600), dtype=np.float32), np.zeros((1, 1, 2, 600), dtype=np.float32)
+        softmax_free_attention(q, q, z)
+        attended(0, 100, "numpy")
+        return {key: block.size for key, block in _attend._kept.blocks.items()}
+
+    with ThreadPoolExecutor(1) as pool:
+        sizes = pool.submit(kept).result()
+    assert 0 < len(sizes) <= 3
+    assert max(sizes.values()) <= 2**20 < 3000 * 600
