@@ -327,6 +327,11 @@ def writes(x: Array) -> bool:
     return compat.is_torch_array(x) or compat.is_numpy_array(x) or compat.is_cupy_array(x)
 
 
+def is_contiguous(x: Array) -> bool:
+    """Whether the numbers of x lie one after the other, in the order of its axes."""
+    return bool(x.is_contiguous() if compat.is_torch_array(x) else x.flags.c_contiguous)
+
+
 def is_plain(x: Array) -> bool:
     """Whether x is an array of its library as such, and none of a class that was derived from it."""
     if compat.is_torch_array(x):

@@ -32,6 +32,7 @@ from lowrank._array import (
     add_product,
     device,
     exp_of_negative,
+    is_contiguous,
     is_on_cpu,
     is_plain,
     new_memory,
@@ -87,12 +88,12 @@ def forward(
         block = _block_maker(q_, z_ - c_, c_, scale, memory, xp)
         sigma = None
         for rows in blocks:
-            _, c = block(rows)
+            c = block(rows, memory.take("x", q_[:, rows, :].shape))
             sigma = _plus(sigma, xp.matrix_transpose(c), v_[:, rows, :], xp)
         w = applied(core_, system_, sigma)
         for rows in blocks:
-            c = c if len(blocks) == 1 else block(rows)[1]
-            _put(out, group, rows, memory.product(c, w), xp)
+            c = c if len(blocks) == 1 else block(rows, memory.take("x", q_[:, rows, :].shape))
+            _put_product(out, group, rows, c, w, "x", memory, xp)
         _put(sums, group, slice(None), sigma, xp)
         _put(weights, group, slice(None), w, xp)
     return out, sums, weights
@@ -121,20 +122,23 @@ def backward(
         block = _block_maker(q_, z_, c_, scale, memory, xp)
         w_bar = None
         for rows in blocks:
-            x, c = block(rows)
+            x = _room(q_bar, group, rows, "x", memory, xp)
+            c = block(rows, x)
             w_bar = _plus(w_bar, xp.matrix_transpose(c), g_[:, rows, :], xp)
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
         sigma_bar = applied(xp.matrix_transpose(core_) if system_ is None else core_, system_, w_bar)
         from_q = None
         for rows in blocks:
-            x, c = (x, c) if len(blocks) == 1 else block(rows)
-            _put(v_bar, group, rows, memory.product(c, sigma_bar), xp)
+            if len(blocks) > 1:
+                x = _room(q_bar, group, rows, "x", memory, xp)
+                c = block(rows, x)
+            _put_product(v_bar, group, rows, c, sigma_bar, "h", memory, xp)
             h = xp.matmul(g_[:, rows, :], xp.matrix_transpose(w), out=memory.take("h", c.shape))
             h = add_product(h, v_[:, rows, :], xp.matrix_transpose(sigma_bar), xp, out=h)
             h *= c
             from_q = _plus(from_q, xp.matrix_transpose(h), x, xp)
             x *= xp.sum(h, axis=-1, keepdims=True)
-            _put(q_bar, group, rows, add_product(x, h, z_, xp, beta=-s2, alpha=s2, out=x), xp)
+            _bring(q_bar, group, rows, add_product(x, h, z_, xp, beta=-s2, alpha=s2, out=x), xp)
         columns = xp.sum(w_bar * w + sigma * sigma_bar, axis=-1, keepdims=True)  # Hᵀ1, without another pass over H
         _put(z_bar, group, slice(None), (from_q - columns * z_) * s2, xp)
         _put(core_bar, group, slice(None), inner_cotangent(system_, w_bar, sigma_bar, sigma, w), xp)
@@ -167,43 +171,39 @@ _kept = _Kept()
 
 
 class _Memory:
-    """Blocks to write to, the same ones again and again, on a CPU in all calls of a thread: fresh memory costs more
-    than what is computed in it. No more than four are kept, of up to _CPU_ENTRIES numbers, for each dtype."""
+    """Blocks to write to, the same ones again and again, on a CPU those that both ways take in all calls of a thread:
+    fresh memory costs more than what is computed in it. A third one kept would save no time that shows."""
 
     def __init__(self, like: Array, xp: Namespace) -> None:
         self.new = functools.partial(new_memory, like, xp)
         self.about = type(like), like.dtype
-        self.large: dict[tuple[object, ...], Array] = {}
-        self.small = _kept.blocks if is_on_cpu(like) and is_plain(like) else {}
+        self.of_call: dict[tuple[object, ...], Array] = {}
+        self.of_thread = _kept.blocks if is_on_cpu(like) and is_plain(like) else self.of_call
         self.xp = xp
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
         size = math.prod(shape)
-        blocks, key = self.small if size <= _CPU_ENTRIES else self.large, (name, *self.about)
+        stays = name in ("c", "x") and size <= _CPU_ENTRIES
+        blocks, key = self.of_thread if stays else self.of_call, (name, *self.about)
         if key not in blocks or blocks[key].shape[0] < size:
             blocks[key] = self.new(size)
         return self.xp.reshape(blocks[key][:size], shape)
 
-    def product(self, a: Array, b: Array) -> Array:
-        return self.xp.matmul(a, b, out=self.take("product", (*a.shape[:-1], b.shape[-1])))
-
 
 def _block_maker(
     q: Array, z: Array, centre: Array, scale: float, memory: _Memory, xp: Namespace
-) -> Callable[[slice], tuple[Array, Array]]:
-    """rows ↦ (q − centre, C) there, until the next block is asked for, of landmarks that are centred already."""
+) -> Callable[[slice, Array], Array]:
+    """(rows, x) ↦ C there, until the next block is asked for, and q − centre in x, of landmarks that are centred."""
     s2 = scale * scale
     z_t = xp.matrix_transpose(z)
     half_z = -0.5 * s2 * xp.sum(z * z, axis=-1)[..., None, :]
 
-    def block(rows: slice) -> tuple[Array, Array]:
-        some = q[:, rows, :]
-        x = xp.subtract(some, centre, out=memory.take("x", some.shape))
-        c = memory.take("c", (*some.shape[:-1], z.shape[-2]))
+    def block(rows: slice, x: Array) -> Array:
+        xp.subtract(q[:, rows, :], centre, out=x)
+        c = memory.take("c", (*x.shape[:-1], z.shape[-2]))
         add_product(half_z, x, z_t, xp, alpha=s2, out=c)
-        squares = xp.multiply(x, x, out=memory.take("product", x.shape))
-        accumulate(c, xp.sum(squares, axis=-1, keepdims=True), -0.5 * s2)
-        return x, exp_of_negative(c, xp)
+        accumulate(c, xp.linalg.vector_norm(x, axis=-1, keepdims=True) ** 2, -0.5 * s2)
+        return exp_of_negative(c, xp)
 
     return block
 
@@ -216,9 +216,30 @@ def _flat(x: Any, group: tuple[slice, slice], xp: Namespace) -> Any:
     return xp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
 
 
+def _room(out: Array, group: tuple[slice, slice], rows: slice, name: str, memory: _Memory, xp: Namespace) -> Array:
+    """Where to write a part of ``out``, the batch elements on one axis: there, if that can be seen so, or aside."""
+    part = out[(*group, rows, slice(None))]
+    shape = (part.shape[0] * part.shape[1], *part.shape[2:])
+    return xp.reshape(part, shape) if is_contiguous(part) else memory.take(name, shape)
+
+
+def _bring(out: Array, group: tuple[slice, slice], rows: slice, values: Array, xp: Namespace) -> None:
+    """What was written to the room for a part of ``out`` to where it belongs."""
+    if not is_contiguous(out[(*group, rows, slice(None))]):
+        _put(out, group, rows, values, xp)
+
+
 def _put(out: Array, group: tuple[slice, slice], rows: slice, values: Array, xp: Namespace) -> None:
     part = out[(*group, rows, slice(None))]
     part[...] = xp.reshape(values, part.shape)
+
+
+def _put_product(
+    out: Array, group: tuple[slice, slice], rows: slice, a: Array, b: Array, name: str, memory: _Memory, xp: Namespace
+) -> None:
+    """``name`` is of a block whose values are no longer, or not yet, of use."""
+    room = _room(out, group, rows, name, memory, xp)
+    _bring(out, group, rows, xp.matmul(a, b, out=room), xp)
 
 
 def _plus(total: Array | None, a: Array, b: Array, xp: Namespace) -> Array:
