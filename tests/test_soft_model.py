@@ -173,6 +173,21 @@ def test_norm_model_predictions_do_not_depend_on_batch_mates(published):
     torch.testing.assert_close(other[:1], alone, rtol=0, atol=scale)
 
 
+@pytest.mark.parametrize("tokens", [7, 2048, 3001])
+def test_the_hidden_layer_is_computed_by_rows_where_nothing_is_differentiated(tokens):
+    torch.manual_seed(0)
+    mlp = soft.TokenMlp(8, 32, act_layer=torch.nn.GELU).double()
+    hidden = []
+    mlp.fc1.register_forward_hook(lambda module, given, result: hidden.append(result.numel()))
+    x = torch.randn(3, tokens, 8, dtype=torch.float64)
+    expected = mlp(x)
+    assert hidden == [3 * tokens * 32]
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), expected.detach(), rtol=0, atol=1e-14 * 32)
+    assert max(hidden[1:]) <= mlp.ROWS * 32
+    assert sum(hidden[1:]) == 3 * tokens * 32
+
+
 def test_drop_path_drops_whole_samples():
     torch.manual_seed(0)
     attention = attentions.SoftmaxFreeAttention(32, num_heads=1, stride=2, value_kernel=3)
