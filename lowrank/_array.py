@@ -9,9 +9,10 @@ numbers, and moving a small core to the host and back.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import array_api_compat as compat
@@ -314,12 +315,15 @@ def equal(x: Array, y: Array, xp: Namespace) -> bool:
     return bool(xp.all(x == y))
 
 
-def subtract_elementwise_product(x: Array, a: Array, b: Array) -> Array:
-    """x − ab, entry by entry, in the memory of x, where the library writes to arrays."""
+def elementwise_product_subtracted(x: Array) -> Callable[[Array, Array], Array]:
+    """(a, b) ↦ x − ab, entry by entry, in the memory of x, of a library that writes to arrays."""
     if compat.is_torch_array(x):
-        return x.addcmul_(a, b, value=-1)
-    x -= a * b
-    return x
+        return functools.partial(x.addcmul_, value=-1)
+
+    def subtract(a: Array, b: Array) -> Array:
+        return np.subtract(x, a * b, out=x)
+
+    return subtract
 
 
 def writes(x: Array) -> bool:

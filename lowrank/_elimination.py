@@ -20,15 +20,14 @@ from lowrank._array import (
     add_product,
     add_to_diagonal,
     device,
+    elementwise_product_subtracted,
     is_on_cpu,
     is_traced,
     matrix_transpose_conj,
     real_dtype,
     stacked_product,
-    subtract_elementwise_product,
     to_host,
     unwrapped,
-    widest_real,
     writes,
 )
 from lowrank._definite import apply_accurately
@@ -55,9 +54,9 @@ _SLACK = 8.0
 
 
 def applies(a: Array, *, ridge: float, tol: float | None = None, xp: Namespace) -> bool:
-    """Whether A is on a CPU, can be looked at, has a double precision to be computed in, and no κ is too large; and
-    whether it is faster than what stops at ``tol``."""
-    if is_traced(a) or not writes(a) or not is_on_cpu(a) or widest_real(a, xp) == xp.float32:
+    """Whether A is on a CPU, can be looked at and written beside, and no κ is too large; and whether it is faster than
+    what stops at ``tol``."""
+    if is_traced(a) or not writes(a) or not is_on_cpu(a):
         return False
     n, largest = a.shape[-1], _LARGEST["float32" if real_dtype(a, xp) == xp.float32 else "float64"]
     if tol is not None and math.prod(a.shape) * n < _FEWEST:
@@ -109,8 +108,8 @@ def _rounded(part: Part, scale: float, a: Array, levels: int, xp: Namespace) -> 
         xp.multiply(below, -scale, out=x[:, h:, :h])
         xp.multiply(matrix_transpose_conj(below, xp), -scale, out=x[:, :h, h:])
     for block, y in diagonal:
+        y *= -0.5 * scale
         xp.add(y, matrix_transpose_conj(y, xp), out=block)
-        block *= -0.5 * scale
     return x, pivots
 
 
@@ -181,11 +180,11 @@ def _swept(p: Array, xp: Namespace) -> tuple[Array, Array]:
     units = xp.eye(n, dtype=p.dtype, device=device(p))[:, :, None]
     w, swept = xp.empty_like(q[0]), xp.empty_like(q)
     column = w[:, None]
-    library = unwrapped(xp)
+    library, subtract = unwrapped(xp), elementwise_product_subtracted(q)
     for row, pivot, unit, out in zip(list(q), list(xp.real(_pivots(q, xp))), list(units), list(swept), strict=True):
         library.subtract(row, unit, out=w)
         library.divide(w, pivot, out=out)
-        subtract_elementwise_product(q, xp.conj(column) if complex_ else column, out)
+        subtract(xp.conj(column) if complex_ else column, out)
     reciprocals = 1 - xp.real(_pivots(swept, xp))
     p[...] = add_to_diagonal(xp.permute_dims(q, (2, 0, 1)), -2.0, xp)
     return p, reciprocals

@@ -239,7 +239,7 @@ def pinv_newton(
                 x, work = _differentiable(solve, a, full_rank=ridge > 0, xp=xp)
                 if ridge == 0 and carries_derivative(a) and not is_traced(a):
                     _warn_unless_idempotent(stop_gradient(a), stop_gradient(x), xp)
-            if hermitian:
+            if hermitian and declared is not None:
                 valid = work.valid & declared
                 x, work = or_nan(valid, x, xp), work._replace(valid=valid)
         info = _certificate(stop_gradient(a), stop_gradient(x), work, ridge, xp) if return_info else None
@@ -324,14 +324,14 @@ def _precision(a: Array, xp: Namespace) -> str:
     return "float32" if real_dtype(a, xp) == xp.float32 else "float64"
 
 
-def _checked_hermitian(a: Array, given_dtype: Any, xp: Namespace) -> tuple[Array, Array]:
+def _checked_hermitian(a: Array, given_dtype: Any, xp: Namespace) -> tuple[Array | None, Array]:
     """Whether a and aᴴ differ by no more than rounding could explain, √eps of the dtype given in the largest entry,
-    and the Hermitian part of a.
+    or None where they do not at all, and the Hermitian part of a.
 
     (A Frobenius norm would overflow or vanish at scales where the entries do not.)
     """
     if not (is_traced(a) or carries_derivative(a)) and equal(a, matrix_transpose_conj(a, xp), xp):
-        return xp.ones(a.shape[:-2], dtype=xp.bool, device=device(a)), a
+        return None, a
     tolerance = math.sqrt(float(xp.finfo(given_dtype).eps))
     gaps = [xp.max(_magnitude(part - matrix_transpose_conj(part, xp), xp), axis=(-2, -1)) for part in chunks(a, xp)]
     gap = gaps[0] if len(gaps) == 1 else xp.reshape(xp.concat(gaps), a.shape[:-2])
