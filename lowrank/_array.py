@@ -398,6 +398,6 @@ def add_product(
     return accumulate(product, x, beta)
 
 
-def stacked_product(a: Array, b: Array, xp: Namespace, *, out: Array | None = None) -> Array:
+def stacked_product(a: Array, b: Array, xp: Namespace) -> Array:
     """a @ b of two arrays of three axes, without what torch does to find out that they are."""
-    return (xp.bmm if compat.is_torch_array(a) else xp.matmul)(a, b, out=out)
+    return (xp.bmm if compat.is_torch_array(a) else xp.matmul)(a, b)
