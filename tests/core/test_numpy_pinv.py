@@ -75,15 +75,19 @@ def test_eigenvalues_below_the_ridge():
         assert np.isnan(pinv_newton(singular, hermitian=True, ridge=1e-17, method=method)).all()
 
 
-def test_products_follow_from_the_condition():
+def test_products_follow_from_the_condition_where_steps_are_taken():
     a = np.diag(np.linspace(1.0, 0.0, 16))
-    infos = [pinv_newton(a, hermitian=True, ridge=ridge, return_info=True)[1] for ridge in (0.5, 1e-4)]
+    options = {"hermitian": True, "upper": 1.0, "return_info": True}
+    infos = [pinv_newton(a, ridge=ridge, tol=1e-6, **options)[1] for ridge in (0.5, 1e-4)]
     assert infos[0].products < infos[1].products <= 25
     assert infos[0].steps < infos[1].steps
-    known = pinv_newton(np.eye(16), hermitian=True, ridge=1e-4, upper=1.0, return_info=True)[1]
-    loose = pinv_newton(np.eye(16), hermitian=True, ridge=1e-4, upper=1.0, tol=0.1, return_info=True)[1]
-    assert loose.products < known.products
+    loose = pinv_newton(np.eye(16), ridge=1e-4, tol=0.1, **options)[1]
+    assert loose.products < infos[1].products
     assert loose.residual < 0.12
+    # Without a tolerance it is by elimination and a step, whatever the condition is.
+    exact = [pinv_newton(a, hermitian=True, ridge=ridge, return_info=True)[1] for ridge in (0.5, 1e-4)]
+    assert exact[0].steps == exact[1].steps == 1
+    assert exact[0].products == exact[1].products <= 5
 
 
 def test_textbook_steps_to_the_letter():
