@@ -274,6 +274,13 @@ def cholesky(a: Array, xp: Namespace) -> Array:
         return xp.full_like(a, float("nan"))
 
 
+def solve_cholesky(lower: Array, b: Array) -> Array:
+    """(L Lᴴ)⁻¹ b of torch tensors."""
+    import torch
+
+    return torch.cholesky_solve(b, lower)
+
+
 def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
     """NumPy's rule, for sizes that may be symbols of a traced program. Raises ``ValueError``."""
     rank = max(map(len, shapes), default=0)

@@ -14,7 +14,8 @@ An inverse M of P that carries rounding errors gives w with an error of cond(P)�
 smaller: σ is smooth, and M is large where A has its small eigenvalues. Where P is given, w solves P w = σ, by two
 corrections w ← w + M(σ − P w) with M held fixed; so does σ̄, and P̄ = −σ̄ wᵀ. In float32 this makes X ten to a hundred
 times as accurate where landmarks nearly coincide, and z̄ a hundred times (N. J. Higham, "Accuracy and Stability of
-Numerical Algorithms", 2002, chapter 12, on iterative refinement).
+Numerical Algorithms", 2002, chapter 12, on iterative refinement). The Cholesky factor of P can take the place of M: to
+solve with it is as accurate, and needs no correction.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowrank._array import (
     Array,
@@ -36,6 +37,7 @@ from lowrank._array import (
     is_on_cpu,
     is_plain,
     new_memory,
+    solve_cholesky,
 )
 from lowrank.kernels import _expanded_squared_distances, _slices
 
@@ -48,16 +50,30 @@ _CPU_ENTRIES, _GPU_ENTRIES = 2**20, 2**25
 CORRECTIONS = 2
 
 
+class Factor(NamedTuple):
+    """The lower Cholesky factor of P, in the place of M; of torch tensors, and without a derivative of its own."""
+
+    lower: Array
+
+    def __matmul__(self, b: Array) -> Array:
+        return solve_cholesky(self.lower, b)
+
+
 def plain(
-    q: Array, z: Array, v: Array, core: Array, system: Array | None, centre: Array, scale: float, xp: Namespace
+    q: Array, z: Array, v: Array, core: Array | Factor, system: Array | None, centre: Array, scale: float, xp: Namespace
 ) -> Array:
     """The formula, all of C at once: for any library, any number of derivatives, any tracer."""
     c = gaussian_block((q - centre) * scale, (z - centre) * scale, xp)
-    return c @ applied(core, system, xp.matrix_transpose(c) @ v)
+    return c @ corrected(core, system, xp.matrix_transpose(c) @ v)
 
 
-def applied(core: Array, system: Array | None, sigma: Array) -> Array:
-    """w = Mσ, or, with P, the solution of P w = σ that M leads to."""
+def applied(core: Array | Factor, system: Array | None, sigma: Array) -> Array:
+    """w = Mσ, or, with P, the solution of P w = σ that M leads to, in the values and not in the derivative."""
+    return core @ sigma if isinstance(core, Factor) else corrected(core, system, sigma)
+
+
+def corrected(core: Array | Factor, system: Array | None, sigma: Array) -> Array:
+    """The same to be differentiated: it is the corrections that depend on P."""
     w = core @ sigma
     if system is not None:
         for _ in range(CORRECTIONS):
@@ -76,7 +92,7 @@ def inner_cotangent(system: Array | None, w_bar: Array, sigma_bar: Array, sigma:
 
 
 def forward(
-    q: Array, z: Array, v: Array, core: Array, system: Array | None, centre: Array, scale: float, xp: Namespace
+    q: Array, z: Array, v: Array, core: Array | Factor, system: Array | None, centre: Array, scale: float, xp: Namespace
 ) -> tuple[Array, Array, Array]:
     """X, σ and w for arrays of four axes and one batch shape (B, H)."""
     out = xp.empty_like(v)  # with the strides of v
@@ -103,7 +119,7 @@ def backward(
     q: Array,
     z: Array,
     v: Array,
-    core: Array,
+    core: Array | Factor,
     system: Array | None,
     centre: Array,
     scale: float,
@@ -113,7 +129,7 @@ def backward(
     xp: Namespace,
 ) -> tuple[Array, Array, Array, Array]:
     """q̄, z̄, v̄, and M̄ or, where P is given, P̄, for the cotangent g of X."""
-    q_bar, z_bar, v_bar, core_bar = (xp.empty_like(x) for x in (q, z, v, core))
+    q_bar, z_bar, v_bar, inner_bar = (xp.empty_like(x) for x in (q, z, v, core if system is None else system))
     s2, memory = scale * scale, _Memory(q, xp)
     for group, blocks in _groups(q, z):
         q_, z_, v_, core_, system_, c_ = (_flat(x, group, xp) for x in (q, z, v, core, system, centre))
@@ -141,8 +157,8 @@ def backward(
             _bring(q_bar, group, rows, add_product(x, h, z_, xp, beta=-s2, alpha=s2, out=x), xp)
         columns = xp.sum(w_bar * w + sigma * sigma_bar, axis=-1, keepdims=True)  # Hᵀ1, without another pass over H
         _put(z_bar, group, slice(None), (from_q - columns * z_) * s2, xp)
-        _put(core_bar, group, slice(None), inner_cotangent(system_, w_bar, sigma_bar, sigma, w), xp)
-    return q_bar, z_bar, v_bar, core_bar
+        _put(inner_bar, group, slice(None), inner_cotangent(system_, w_bar, sigma_bar, sigma, w), xp)
+    return q_bar, z_bar, v_bar, inner_bar
 
 
 def _groups(q: Array, z: Array) -> Iterator[tuple[tuple[slice, slice], list[slice]]]:
@@ -212,6 +228,8 @@ def _flat(x: Any, group: tuple[slice, slice], xp: Namespace) -> Any:
     """The batch elements of a group on one axis; a view where one image, or one head, is all there is."""
     if x is None:
         return None
+    if isinstance(x, Factor):
+        return Factor(_flat(x.lower, group, xp))
     x = x[(*group, ...)]
     return xp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
 

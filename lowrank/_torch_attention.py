@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowrank import _attend, _fused_attention
 from lowrank._array import Namespace, arithmetic, is_traced
+from lowrank._attend import Factor
 
 
 class Attention(torch.autograd.Function):
@@ -24,17 +25,26 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, z: Tensor, v: Tensor, core: Tensor, system: Tensor | None, centre: Tensor, scale: float
+        ctx: Any,
+        q: Tensor,
+        z: Tensor,
+        v: Tensor,
+        core: Tensor | Factor,
+        system: Tensor | None,
+        centre: Tensor,
+        scale: float,
     ) -> Tensor:
         ctx.way = _ByKernels if _fused_attention.applies(q, z, v) else _attend
         out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp)
-        ctx.save_for_backward(q, z, v, core, system, centre, sums, weights)
-        ctx.scale = scale
+        ctx.scale, ctx.factored = scale, isinstance(core, Factor)
+        kept = core.lower if isinstance(core, Factor) else core
+        ctx.save_for_backward(q, z, v, kept, system, centre, sums, weights)
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, z, v, core, system, centre, sums, weights = ctx.saved_tensors
+        core = Factor(core) if ctx.factored else core
         with arithmetic(q):
             if torch.is_grad_enabled() or is_traced(g):
                 return Attention.differentiable_backward(ctx, g)
@@ -48,6 +58,7 @@ class Attention(torch.autograd.Function):
         """By the formula, to be differentiated again or for many cotangents at once."""
         q, z, v, core, system, centre, *_ = ctx.saved_tensors
         inputs = q, z, v, core, system
+        core = Factor(core) if ctx.factored else core
         wanted = [x for x, wants in zip(inputs, ctx.needs_input_grad, strict=False) if wants]
         with torch.enable_grad():
             out = _attend.plain(q, z, v, core, system, centre, ctx.scale, xp)
@@ -63,7 +74,7 @@ class _ByKernels:
         q: Tensor,
         z: Tensor,
         v: Tensor,
-        core: Tensor,
+        core: Tensor | Factor,
         system: Tensor | None,
         centre: Tensor,
         scale: float,
@@ -79,7 +90,7 @@ class _ByKernels:
         q: Tensor,
         z: Tensor,
         v: Tensor,
-        core: Tensor,
+        core: Tensor | Factor,
         system: Tensor | None,
         centre: Tensor,
         scale: float,

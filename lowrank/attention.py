@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import array_api_compat as compat
@@ -22,8 +23,10 @@ from lowrank._array import (
     arithmetic,
     broadcast_shapes,
     check_flag,
+    cholesky,
     identity,
     is_half,
+    is_on_cpu,
     is_traced,
     is_transformed,
     namespace,
@@ -47,6 +50,7 @@ def softmax_free_attention(
     mask: Array | None = None,
     landmark_mask: Array | None = None,
     queries: Array | None = None,
+    method: str | None = None,
     inverse: Callable[..., Array] | None = None,
 ) -> Array:
     r"""Nyström approximation of k(q, q) v, k(x, y) = exp(−‖(x − y)/ℓ‖²/2): X = C (A⁺ (Cᵀ v)).
@@ -78,11 +82,15 @@ def softmax_free_attention(
         Tokens that ask, where they are not those that answer: the result is k(queries, z) A⁺ k(z, q) v, of shape
         (..., n', e). It approximates a block of a Gram matrix, not a Gram matrix, so that nothing is semidefinite
         about its error. ``mask`` concerns ``q`` and ``v`` alone then.
+    method : {"newton", "direct"}, optional
+        How the system with A + δ I is solved (with δ = 0: how its pseudoinverse is found, which is used as it is).
+        "newton": by two corrections of what an approximate inverse of :func:`lowrank.pinv_newton` gives. "direct": by
+        the library's own factorisation. Unless given, "direct" for torch tensors on a CPU, where it takes less time,
+        and "newton" elsewhere.
     inverse : callable, optional
-        Called as ``inverse(a, hermitian=True, ridge=ridge)`` with a of shape (..., m, m); returns (a + δ I)⁺, which is
-        used and differentiated as it is: ``functools.partial(pinv_newton, steps=20)`` is the unconverged iteration of
-        the paper. By default the system with a + δ I is solved, by two corrections of what an approximate inverse
-        of :func:`lowrank.pinv_newton` gives (with δ = 0, by its pseudoinverse).
+        In place of ``method``: called as ``inverse(a, hermitian=True, ridge=ridge)`` with a of shape (..., m, m);
+        returns (a + δ I)⁺, which is used and differentiated as it is: ``functools.partial(pinv_newton, steps=20)`` is
+        the unconverged iteration of the paper.
 
     Returns
     -------
@@ -97,7 +105,8 @@ def softmax_free_attention(
         False, or ``inverse`` is not callable, or returns no array of the library and dtype of its argument.
     ValueError
         If their shapes do not fit, they are on different devices, ``lengthscale`` is not positive and finite, ``ridge``
-        is negative or not finite, or ``inverse`` returns an array of another shape.
+        is negative or not finite, ``method`` is neither of the two or comes with an ``inverse``, or that returns an
+        array of another shape.
 
     Notes
     -----
@@ -123,7 +132,7 @@ def softmax_free_attention(
     _check_mask("mask", mask, "q", q, xp)
     _check_mask("landmark_mask", landmark_mask, "landmarks", landmarks, xp)
     ell = max(q.shape[-1], 1) ** 0.25 if lengthscale is None else _checked_lengthscale(lengthscale, q, xp)
-    _check_options(ridge, normalize, inverse)
+    _check_options(ridge, normalize, method, inverse)
     ridge = float(ridge)
 
     result_dtype = q.dtype
@@ -138,7 +147,7 @@ def softmax_free_attention(
             q, landmarks, queries = (None if x is None else x / ell for x in (q, landmarks, queries))
         z, x, v = _only(landmarks, landmark_mask, xp), _only(q, mask, xp), _only(v, mask, xp)
         c = _centre(z, landmark_mask, xp)
-        core, system = _core((z - c) * scale, landmark_mask, ridge, normalize, inverse, xp)
+        core, system = _core((z - c) * scale, landmark_mask, ridge, normalize, method, inverse, xp)
         if queries is None:
             out = _only(_attended(x, z, v, core, system, c, scale, xp), mask, xp)
         else:
@@ -147,12 +156,16 @@ def softmax_free_attention(
     return xp.astype(out, result_dtype, copy=False)
 
 
-def _check_options(ridge: Any, normalize: Any, inverse: Any) -> None:
+def _check_options(ridge: Any, normalize: Any, method: Any, inverse: Any) -> None:
     if not 0 <= number(ridge) < math.inf:
         raise ValueError(f"ridge must be a finite number >= 0, not {shown(ridge)}")
     check_flag("normalize", normalize)
     if inverse is not None and not callable(inverse):
         raise TypeError(f"inverse must be a function of (a, hermitian=, ridge=), or None, not {shown(inverse)}")
+    if method is not None and (not isinstance(method, str) or method not in ("newton", "direct")):
+        raise ValueError(f"method must be 'newton' or 'direct', not {shown(method)}")
+    if method is not None and inverse is not None:
+        raise ValueError(f"method={method!r} has no meaning with inverse, which takes its place; leave one of them out")
 
 
 def _only(x: Array, mask: Array | None, xp: Namespace) -> Array:
@@ -169,15 +182,19 @@ def _centre(z: Array, landmark_mask: Array | None, xp: Namespace) -> Array:
 
 
 def _core(
-    z: Array, mask: Array | None, ridge: float, normalize: bool, inverse: Callable[..., Array] | None, xp: Namespace
-) -> tuple[Array, Array | None]:
+    z: Array,
+    mask: Array | None,
+    ridge: float,
+    normalize: bool,
+    method: str | None,
+    inverse: Callable[..., Array] | None,
+    xp: Namespace,
+) -> tuple[Array | _attend.Factor, Array | None]:
     """M and what it inverts: P = A + δI, or D^½ P D^½, with A = k(z, z); zero in rows and columns of masked landmarks.
 
     P is None where M is no inverse of it, to be differentiated as such, but what it is: by a function of the caller's
-    own, or the pseudoinverse of a matrix that may be singular.
+    own, or the pseudoinverse of a matrix that may be singular. In the place of M there may be the factor of P.
     """
-    # Looked up at the call, so that whoever replaces the iteration in its own room is heard here.
-    invert = _pinv.pinv_newton if inverse is None else inverse
     a = _attend.gaussian_block(z, z, xp)
     eye = identity(a, xp)
     # k(z, z) = 1, which the expansion of a distance misses by eps·‖z‖²: of far landmarks by all of it.
@@ -187,24 +204,51 @@ def _core(
         # The inverse of a block diagonal matrix is block diagonal: what is masked does not touch what is not.
         a = xp.where(both, a, eye)
     solves = inverse is None and ridge > 0
-    if solves:
-        # What the corrections in _attend leave of an error, its power, is below rounding; no row sum of A exceeds m.
-        # (An m that is a symbol of a traced program bounds nothing.)
-        m, tol = a.shape[-1], float(xp.finfo(a.dtype).eps) ** (1 / (1 + _attend.CORRECTIONS))
-        known = {"upper": float(max(1, m)), "tol": tol} if isinstance(m, int) else {}
-        core = _pinv.pinv_newton(stop_gradient(a), hermitian=True, ridge=ridge, **known)
-    else:
-        core = invert(a, hermitian=True, ridge=ridge)
-        _check_inverse(core, a)
     system = a + ridge * eye if solves else None
-    if normalize:
-        root = xp.sqrt(xp.sum(a, axis=-1, keepdims=True))  # D^½; D ≥ 1, as k(z, z) = 1
-        roots = root * xp.matrix_transpose(root)
+    roots = _roots(a, xp) if normalize else None
+    if solves and roots is not None:
+        system = system * roots
+    if solves and both is None and _is_factored(a, method):
+        return _attend.Factor(cholesky(stop_gradient(system), xp)), system
+    if solves:
+        core = _approximate_inverse(stop_gradient(a), ridge, method, xp)
+    else:
+        core = _inverse(method, inverse)(a, hermitian=True, ridge=ridge)
+        _check_inverse(core, a)
+    if roots is not None:
         core = core / (stop_gradient(roots) if solves else roots)
-        system = None if system is None else system * roots
     if both is not None:
         core = xp.where(both, core, xp.zeros_like(core))
     return core, system
+
+
+def _roots(a: Array, xp: Namespace) -> Array:
+    """d dᵀ with d the square roots of the row sums of A, which are at least 1, as k(z, z) = 1."""
+    root = xp.sqrt(xp.sum(a, axis=-1, keepdims=True))
+    return root * xp.matrix_transpose(root)
+
+
+def _is_factored(a: Array, method: str | None) -> bool:
+    """Whether P is solved with by its Cholesky factor. On a CPU that takes less time than products, of 49 landmarks a
+    sixth of it for one head and half for eighty; masks, traced programs and ``torch.func`` want an inverse."""
+    if not compat.is_torch_array(a) or is_traced(a) or is_transformed(a):
+        return False
+    return is_on_cpu(a) if method is None else method == "direct"
+
+
+def _inverse(method: str | None, inverse: Callable[..., Array] | None) -> Callable[..., Array]:
+    """Looked up at the call, so that whoever replaces the iteration in its own room is heard here."""
+    usual = partial(_pinv.pinv_newton, method=method) if method == "direct" else _pinv.pinv_newton
+    return usual if inverse is None else inverse
+
+
+def _approximate_inverse(a: Array, ridge: float, method: str | None, xp: Namespace) -> Array:
+    """What the corrections in ``_attend`` make of it is right to rounding."""
+    # Their error is a power of its error, and no row sum of A exceeds m. (An m that is a symbol of a traced program
+    # bounds nothing.)
+    m, tol = a.shape[-1], float(xp.finfo(a.dtype).eps) ** (1 / (1 + _attend.CORRECTIONS))
+    known = {"upper": float(max(1, m)), "tol": tol} if isinstance(m, int) and method != "direct" else {}
+    return _inverse(method, None)(a, hermitian=True, ridge=ridge, **known)
 
 
 def _check_inverse(core: Any, a: Array) -> None:
@@ -214,13 +258,21 @@ def _check_inverse(core: Any, a: Array) -> None:
 
 
 def _attended(
-    q: Array, z: Array, v: Array, core: Array, system: Array | None, centre: Array, scale: float, xp: Namespace
+    q: Array,
+    z: Array,
+    v: Array,
+    core: Array | _attend.Factor,
+    system: Array | None,
+    centre: Array,
+    scale: float,
+    xp: Namespace,
 ) -> Array:
     """X for q (..., n, d), z (..., m, d), v (..., n, e), M and P (..., m, m), or M alone, and centre (..., 1, d).
 
     Where P is given M is a constant, and derivatives are those of P⁻¹.
     """
-    arrays = (q, z, v, core, centre) if system is None else (q, z, v, core, centre, system)
+    factored = isinstance(core, _attend.Factor)
+    arrays = [x for x in (q, z, v, core.lower if factored else core, centre, system) if x is not None]
     # Programs that are traced and derivatives other than the first, backward, want one expression.
     if not writes(q) or is_traced(*arrays) or is_transformed(*arrays) or min(*v.shape, z.shape[-2]) == 0:
         return _attend.plain(q, z, v, core, system, centre, scale, xp)
@@ -230,6 +282,8 @@ def _attended(
     def four_axes(x: Any) -> Any:
         if x is None:
             return None
+        if isinstance(x, _attend.Factor):
+            return _attend.Factor(four_axes(x.lower))
         return xp.reshape(xp.broadcast_to(x, (*batch, *x.shape[-2:])), (math.prod(batch[:-1]), heads, *x.shape[-2:]))
 
     q, z, v, core, system, centre = map(four_axes, (q, z, v, core, system, centre))
@@ -243,7 +297,7 @@ def _attended(
 
 
 def _attended_from(
-    queries: Array, q: Array, z: Array, v: Array, core: Array, system: Array | None, xp: Namespace
+    queries: Array, q: Array, z: Array, v: Array, core: Array | _attend.Factor, system: Array | None, xp: Namespace
 ) -> Array:
     """k(queries, z) M k(z, q) v, of points in units of the lengthscale and near the origin."""
     if compat.is_torch_array(q) and not (is_traced(queries, q, z, v) or is_transformed(queries, q, z, v)):
@@ -253,7 +307,7 @@ def _attended_from(
         def gaussian_product(x: Array, y: Array, v: Array) -> Array:
             return _attend.gaussian_block(x, y, xp) @ v
 
-    return gaussian_product(queries, z, _attend.applied(core, system, gaussian_product(z, q, v)))
+    return gaussian_product(queries, z, _attend.corrected(core, system, gaussian_product(z, q, v)))
 
 
 def _check_shapes(points: dict[str, Array]) -> None:

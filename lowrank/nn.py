@@ -54,7 +54,7 @@ class SoftmaxFreeAttention(nn.Module):
         At least one of ``stride`` and ``grid`` is needed, and the cost is linear in H·W only with a grid.
     value_kernel : int, optional
         k, odd: adds the depthwise convolution of V, of k tokens along each axis, without bias, one filter per head.
-    ridge, normalize, inverse
+    ridge, normalize, method, inverse
         As in :func:`lowrank.softmax_free_attention`.
 
     Raises
@@ -65,7 +65,8 @@ class SoftmaxFreeAttention(nn.Module):
     ValueError
         If ``num_heads`` does not divide ``dim``, ``spatial_dims`` is neither 1 nor 2, neither ``stride`` nor ``grid``
         is given, a size is not positive, ``grid`` has another number of axes or is not of ints, ``value_kernel`` is
-        even, or ``ridge`` is negative or not finite.
+        even, ``ridge`` is negative or not finite, ``method`` is neither "newton" nor "direct", or comes with an
+        ``inverse``.
 
     Notes
     -----
@@ -110,6 +111,7 @@ class SoftmaxFreeAttention(nn.Module):
         value_kernel: int | None = None,
         ridge: float = 0.01,
         normalize: bool = False,
+        method: str | None = None,
         inverse: Callable[..., Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -138,10 +140,10 @@ class SoftmaxFreeAttention(nn.Module):
             raise ValueError(
                 f"value_kernel must be odd and positive, so that it has a centre, not {shown(value_kernel)}"
             )
-        _check_options(ridge, normalize, inverse)
+        _check_options(ridge, normalize, method, inverse)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.spatial_dims, self.stride, self.grid = spatial_dims, stride, None if grid is None else axes
-        self.ridge, self.normalize, self.inverse = ridge, normalize, inverse
+        self.ridge, self.normalize, self.method, self.inverse = ridge, normalize, method, inverse
 
         self.query = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
@@ -228,6 +230,7 @@ class SoftmaxFreeAttention(nn.Module):
             normalize=self.normalize,
             landmark_mask=None if landmark_mask is None else landmark_mask.unsqueeze(1),
             queries=asking,
+            method=self.method,
             inverse=self.inverse,
         )  # (B, heads, N, d)
         out = out.transpose(1, 2).flatten(2)  # (B, N, dim)

@@ -8,12 +8,14 @@ with the image, and drop path drops whole samples. ``trained="official"`` takes 
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from attentions import HEAD_DIM, ClassTokenAttention, build_attention
+from mlp import TokenMlp
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -57,19 +59,6 @@ def _timm_config(config: dict) -> dict:
 default_cfgs = generate_default_cfgs({name: _timm_config(config) for name, config in CONFIGS.items()})
 
 
-class TokenMlp(Mlp):
-    """timm's Mlp, on a CPU by rows of tokens where nothing is to be differentiated, so that the hidden layer, four
-    times as wide as the tokens, is never stored whole: the first touch of its memory takes as long as the products."""
-
-    ROWS = 2048
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
-            return super().forward(x)
-        parts = [super(TokenMlp, self).forward(rows) for rows in x.flatten(0, 1).split(self.ROWS)]  # (≤ ROWS, C)
-        return torch.cat(parts).view_as(x)
-
-
 class PostNormBlock(nn.Module):
     """Block of stages 1 to 3: x ← norm1(x + attn(x)), x ← norm2(x + mlp(x)). ``attn`` takes x and the image's size."""
 
@@ -77,7 +66,7 @@ class PostNormBlock(nn.Module):
         super().__init__()
         self.attn = attn
         self.norm1 = nn.LayerNorm(dim)
-        self.mlp = TokenMlp(dim, 4 * dim, act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = TokenMlp(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.drop_path = DropPath(drop_path)
 
@@ -94,7 +83,7 @@ class PreNormBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = ClassTokenAttention(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = TokenMlp(dim, 4 * dim)
+        self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -109,6 +98,21 @@ def conv_norm_relu(in_chans: int, out_chans: int, stride: int) -> list[nn.Module
     return [conv, nn.BatchNorm2d(out_chans), nn.ReLU(inplace=True)]
 
 
+class PatchEmbed(nn.Sequential):
+    """Convolutions, norms and activations of an image (B, C, H, W), on a CPU a few images at a time where nothing is to
+    be differentiated or counted, so that what lies between the layers stays in the cache."""
+
+    PIXELS = 2**17
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = image.contiguous(memory_format=torch.channels_last)
+        count = max(1, self.PIXELS // math.prod(image.shape[2:]))
+        whole = any(layer.training for layer in self) or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if whole or image.device.type != "cpu" or len(image) <= count:
+            return super().forward(image)
+        return torch.cat([super(PatchEmbed, self).forward(images) for images in image.split(count)])
+
+
 class Stage(nn.Module):
     """Convolutions that shrink the image, position embeddings of its tokens, and blocks.
 
@@ -121,14 +125,14 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.grid = grid
-        self.patch_embed = nn.Sequential(*patch_embed)
+        self.patch_embed = PatchEmbed(*patch_embed)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1] + class_token, dim))
         self.blocks = nn.ModuleList(blocks)
         self.grad_checkpointing = False
 
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        image = self.patch_embed(image.contiguous(memory_format=torch.channels_last))  # (B, C, H, W)
+        image = self.patch_embed(image)  # (B, C, H, W)
         size = image.shape[-2], image.shape[-1]
         x = image.flatten(2).transpose(1, 2)  # (B, N, C)
         if self.cls_token is not None:

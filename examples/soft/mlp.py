@@ -1,0 +1,105 @@
+"""The MLP of a block, on a CPU by rows of tokens, so that its hidden layer is never stored.
+
+The hidden layer is four times as wide as the tokens: to write it, its activation and their gradients to memory takes as
+long as the products, and torch's tanh-GELU four times as long as a tanh. By rows, all of it stays in the cache but for
+what enters the activation, which is kept for the way back.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from lowrank._array import is_traced, is_transformed
+
+# GELU(u) = u(1 + tanh(βu + βγu³))/2 (D. Hendrycks & K. Gimpel, arXiv 1606.08415, section 2).
+_BETA, _GAMMA = math.sqrt(2 / math.pi), 0.044715
+# Rows of tokens that are taken at a time.
+ROWS = 1024
+
+
+class TokenMlp(Mlp):
+    """timm's Mlp of two linear layers and a tanh-GELU between them."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, 4 * dim, act_layer=partial(nn.GELU, approximate="tanh"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        arrays = x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        return _ByRows.apply(*arrays) if self._goes_by_rows(*arrays) else super().forward(x)
+
+    def _goes_by_rows(self, x: Tensor, *parameters: Tensor) -> bool:
+        """Whether x and all parameters are plain tensors on a CPU, and nobody has a hand in the layers between."""
+        if is_traced(x) or is_transformed(x, *parameters) or torch.is_autocast_enabled(x.device.type):
+            return False
+        alike = all(p.device.type == "cpu" and p.dtype == x.dtype for p in (x, *parameters))
+        return alike and x.dtype in (torch.float32, torch.float64) and all(map(_is_untouched, self.children()))
+
+
+def _is_untouched(layer: nn.Module) -> bool:
+    """Whether a layer is one that timm's Mlp is made with, and its output is of interest to nobody else."""
+    known = type(layer) in (nn.Linear, nn.GELU, nn.Dropout, nn.Identity)
+    return known and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+
+
+class _ByRows(torch.autograd.Function):
+    """GELU(x W₁ᵀ + b₁) W₂ᵀ + b₂ for x (..., C), W₁ (4C, C), b₁ (4C), W₂ (C, 4C), b₂ (C)."""
+
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2):
+        rows, out = x.flatten(0, -2), x.new_empty(x.shape)
+        keeps = any(ctx.needs_input_grad)
+        u = x.new_empty(len(rows) if keeps else min(ROWS, len(rows)), len(b1))
+        t, beta = x.new_empty(ROWS, len(b1)), x.new_tensor(_BETA)
+        for i, (x_, out_) in enumerate(zip(rows.split(ROWS), out.flatten(0, -2).split(ROWS), strict=True)):
+            u_ = u[i * ROWS if keeps else 0 :][: len(x_)]
+            torch.addmm(b1, x_, w1.T, out=u_)
+            t_ = _tanh(u_, beta, out=t[: len(x_)])
+            torch.addmm(b2, torch.addcmul(u_, u_, t_, out=t_), w2.T, alpha=0.5, out=out_)
+        ctx.save_for_backward(x, w1, b1, w2, b2, u if keeps else None)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        *inputs, u = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _ByRows.differentiable_backward(ctx, g)
+        x, w1, b1, w2, _ = inputs
+        x_bar, g = x.new_empty(x.shape), g.contiguous()
+        w1_bar, b1_bar, w2_bar = (torch.zeros_like(y) for y in (w1, b1, w2))
+        blocks, beta = [x.new_empty(ROWS, len(b1)) for _ in range(3)], x.new_tensor(_BETA)
+        for x_, u_, g_, x_bar_ in zip(*(y.flatten(0, -2).split(ROWS) for y in (x, u, g, x_bar)), strict=True):
+            t, h, s = (y[: len(x_)] for y in blocks)
+            torch.addcmul(u_, u_, _tanh(u_, beta, out=t), out=h)
+            w2_bar.addmm_(g_.T, h, alpha=0.5)
+            # 2 GELU′(u) = 1 + t + u(1 − t²)β(1 + 3γu²), with h = u(1 + t).
+            torch.addcmul(h, h, t, value=-1, out=h)
+            torch.addcmul(beta, u_, u_, value=3 * _BETA * _GAMMA, out=s)
+            torch.addcmul(t, h, s, out=t)
+            torch.mm(g_, w2, out=h)
+            u_bar = torch.addcmul(h, h, t, out=h)  # twice the cotangent of u
+            w1_bar.addmm_(u_bar.T, x_, alpha=0.5)
+            b1_bar.add_(u_bar.sum(0), alpha=0.5)
+            torch.addmm(x_, u_bar, w1, beta=0, alpha=0.5, out=x_bar_)
+        return x_bar, w1_bar, b1_bar, w2_bar, g.flatten(0, -2).sum(0)
+
+    @staticmethod
+    def differentiable_backward(ctx, g):
+        """By the formula, to be differentiated again."""
+        *inputs, _ = ctx.saved_tensors
+        x, w1, b1, w2, b2 = inputs
+        with torch.enable_grad():
+            out = F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
+        wanted = [y for y, wants in zip(inputs, ctx.needs_input_grad, strict=True) if wants]
+        found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
+        return tuple(next(found) if wants else None for wants in ctx.needs_input_grad)
+
+
+def _tanh(u: Tensor, beta: Tensor, out: Tensor) -> Tensor:
+    """tanh(βu + βγu³)."""
+    return torch.addcmul(beta, u, u, value=_BETA * _GAMMA, out=out).mul_(u).tanh_()
