@@ -100,15 +100,15 @@ def forward(
     sums, weights = (xp.zeros(shape, dtype=v.dtype, device=device(v)) for _ in range(2))
     memory = _Memory(q, xp)
     for group, blocks in _groups(q, z):
-        q_, z_, v_, core_, system_, c_ = (_flat(x, group, xp) for x in (q, z, v, core, system, centre))
-        block = _block_maker(q_, z_ - c_, c_, scale, memory, xp)
+        z_, v_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, v, core, system, centre))
+        block = _block_maker(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, memory, xp)
         sigma = None
         for rows in blocks:
-            c = block(rows, memory.take("x", q_[:, rows, :].shape))
+            c = block(rows, memory.take("x", (*v_[:, rows, 0].shape, q.shape[-1])))
             sigma = _plus(sigma, xp.matrix_transpose(c), v_[:, rows, :], xp)
         w = applied(core_, system_, sigma)
         for rows in blocks:
-            c = c if len(blocks) == 1 else block(rows, memory.take("x", q_[:, rows, :].shape))
+            c = c if len(blocks) == 1 else block(rows, memory.take("x", (*v_[:, rows, 0].shape, q.shape[-1])))
             _put_product(out, group, rows, c, w, "x", memory, xp)
         _put(sums, group, slice(None), sigma, xp)
         _put(weights, group, slice(None), w, xp)
@@ -132,10 +132,10 @@ def backward(
     q_bar, z_bar, v_bar, inner_bar = (xp.empty_like(x) for x in (q, z, v, core if system is None else system))
     s2, memory = scale * scale, _Memory(q, xp)
     for group, blocks in _groups(q, z):
-        q_, z_, v_, core_, system_, c_ = (_flat(x, group, xp) for x in (q, z, v, core, system, centre))
+        z_, v_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, v, core, system, centre))
         sigma, w, g_ = (_flat(x, group, xp) for x in (sums, weights, g))
         z_ = z_ - c_
-        block = _block_maker(q_, z_, c_, scale, memory, xp)
+        block = _block_maker(q[(*group, ...)], z_, centre[(*group, ...)], scale, memory, xp)
         w_bar = None
         for rows in blocks:
             x = _room(q_bar, group, rows, "x", memory, xp)
@@ -209,13 +209,15 @@ class _Memory:
 def _block_maker(
     q: Array, z: Array, centre: Array, scale: float, memory: _Memory, xp: Namespace
 ) -> Callable[[slice, Array], Array]:
-    """(rows, x) ↦ C there, until the next block is asked for, and q − centre in x, of landmarks that are centred."""
+    """(rows, x) ↦ C there, until the next block is asked for, and q − centre in x, of landmarks that are centred and
+    have their batch elements on one axis, as C and x have; those of q and centre are on two, as they lie in memory."""
     s2 = scale * scale
     z_t = xp.matrix_transpose(z)
     half_z = -0.5 * s2 * xp.sum(z * z, axis=-1)[..., None, :]
 
     def block(rows: slice, x: Array) -> Array:
-        xp.subtract(q[:, rows, :], centre, out=x)
+        points = q[:, :, rows, :]
+        xp.subtract(points, centre, out=xp.reshape(x, points.shape))
         c = memory.take("c", (*x.shape[:-1], z.shape[-2]))
         add_product(half_z, x, z_t, xp, alpha=s2, out=c)
         accumulate(c, xp.linalg.vector_norm(x, axis=-1, keepdims=True) ** 2, -0.5 * s2)

@@ -271,8 +271,8 @@ def _attended(
 
     Where P is given M is a constant, and derivatives are those of P⁻¹.
     """
-    factored = isinstance(core, _attend.Factor)
-    arrays = [x for x in (q, z, v, core.lower if factored else core, centre, system) if x is not None]
+    matrix = core.lower if isinstance(core, _attend.Factor) else core
+    arrays = [x for x in (q, z, v, matrix, centre, system) if x is not None]
     # Programs that are traced and derivatives other than the first, backward, want one expression.
     if not writes(q) or is_traced(*arrays) or is_transformed(*arrays) or min(*v.shape, z.shape[-2]) == 0:
         return _attend.plain(q, z, v, core, system, centre, scale, xp)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank import _attend, pinv_newton, softmax_free_attention
+from lowrank import _attend, pinv, pinv_newton, softmax_free_attention
 from lowrank import attention as room
 from lowrank._torch_attention import gaussian_product
 
@@ -166,8 +166,9 @@ def test_nothing_of_the_size_of_c_is_kept():
     assert max(x.numel() for x in kept) <= q.numel()
 
 
+@pytest.mark.parametrize("method", ["newton", "direct"])
 @pytest.mark.parametrize("landmarks", ["random", "near-singular"])
-def test_single_precision_gradients(landmarks, entries):
+def test_single_precision_gradients(landmarks, method, entries):
     """To 1e-5 of the largest entry, of what float64 gives for the formula."""
     q, v, z = (x.float() for x in (points(1, 2, 3, 37, 8), points(2, 2, 3, 37, 4), points(3, 2, 3, 12, 8)))
     if landmarks == "near-singular":
@@ -180,7 +181,7 @@ def test_single_precision_gradients(landmarks, entries):
         return c @ torch.linalg.solve(a + 0.01 * torch.eye(12), c.mT @ v)
 
     expected = gradients(exact, *(x.double() for x in (q, v, z)))
-    found = gradients(softmax_free_attention, q, v, z)
+    found = gradients(functools.partial(softmax_free_attention, method=method), q, v, z)
     # Entries of C are right to some eps, and the derivative in the landmarks has the inverse on both sides: where pairs
     # of landmarks nearly coincide C in float32 alone, all else exact, leaves 1e-5 of it wrong, as its differences of
     # 1e-3 are resolved to eps/1e-3.
@@ -240,14 +241,69 @@ def test_softmax_attention_with_one_more_key_is_the_gaussian_product(d, e, dtype
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
-@pytest.mark.parametrize("inverse", [None, functools.partial(pinv_newton, method="direct")], ids=["newton", "direct"])
-def test_compiled_whole(inverse):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "direct"}, {"inverse": functools.partial(pinv_newton, method="direct")}],
+    ids=["newton", "direct", "inverse"],
+)
+def test_compiled_whole(options):
     q, v, z = (x.float() for x in triple(n=40, m=6, d=4, e=3))
-    f = functools.partial(softmax_free_attention, inverse=inverse)
+    f = functools.partial(softmax_free_attention, **options)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(gradients(compiled, q, v, z), gradients(f, q, v, z), strict=True):
         # κ ≤ 1 + 6/0.01, in the inverse and again in its derivative.
         torch.testing.assert_close(ours, theirs, rtol=0, atol=601 * EPS * 10 * theirs.abs().max())
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_solving_by_a_factor_agrees_with_newton(normalize, entries):
+    q, v, z = triple(n=40, m=6, d=4, e=3)
+    both = (functools.partial(softmax_free_attention, normalize=normalize, method=m) for m in ("newton", "direct"))
+    for ours, theirs in zip(*(gradients(f, q, v, z) for f in both), strict=True):
+        # κ ≤ 1 + 6/0.01, and again in the derivative.
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=601**2 * np.finfo(float).eps * theirs.abs().max())
+
+
+def test_which_way_the_core_is_solved(monkeypatch):
+    seen = []
+    monkeypatch.setattr(pinv, "pinv_newton", lambda a, **given: seen.append(given.get("method")) or a)
+    q, v, z = triple()
+    softmax_free_attention(q, v, z)
+    softmax_free_attention(q, v, z, method="direct")
+    assert seen == []
+    softmax_free_attention(q, v, z, method="newton")
+    torch.func.vmap(softmax_free_attention)(q, v, z)
+    softmax_free_attention(q, v, z, landmark_mask=torch.ones(2, 4, dtype=bool))
+    assert seen == [None] * 3
+    softmax_free_attention(q, v, z, landmark_mask=torch.ones(2, 4, dtype=bool), method="direct")
+    softmax_free_attention(q, v, z, ridge=0.0, method="direct")
+    assert seen[3:] == ["direct"] * 2
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_derivatives_of_a_factor_of_many_cotangents_and_twice(create_graph):
+    q, v, z = (x.requires_grad_() for x in triple(n=9, m=4, d=3, e=2))
+    out = softmax_free_attention(q, v, z, ridge=0.1, method="direct")
+    some = points(8, 3, *out.shape)
+    together = torch.autograd.grad(out, (q, v, z), some, True, create_graph, is_grads_batched=True)
+    for i, cotangent in enumerate(some):
+        alone = torch.autograd.grad(out, (q, v, z), cotangent, retain_graph=True)
+        for x, y in zip(together, alone, strict=True):
+            torch.testing.assert_close(x[i], y)
+    assert torch.autograd.gradgradcheck(
+        lambda q, v, z: softmax_free_attention(q, v, z, ridge=0.1, method="direct"), (q, v, z)
+    )
+
+
+@pytest.mark.parametrize("method", ["newton", "direct"])
+def test_a_core_that_is_not_definite_is_nan_in_its_element_alone(method):
+    q, v, z = triple(n=9, m=4, d=3, e=2)
+    far = z.clone()
+    far[0] = z[:1] * 1e-3 + torch.arange(4)[:, None] * 1e9  # rounding of squares exceeds any ridge
+    far[0, 0] = torch.nan
+    out = softmax_free_attention(q, v, far, method=method)
+    assert out[0].isnan().all()
+    torch.testing.assert_close(out[1], softmax_free_attention(q[1], v[1], z[1], method=method), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -173,19 +173,21 @@ def test_norm_model_predictions_do_not_depend_on_batch_mates(published):
     torch.testing.assert_close(other[:1], alone, rtol=0, atol=scale)
 
 
-@pytest.mark.parametrize("tokens", [7, 2048, 3001])
-def test_the_hidden_layer_is_computed_by_rows_where_nothing_is_differentiated(tokens):
+@pytest.mark.parametrize("size", [(256, 256), (300, 500), (40, 40)], ids=str)
+def test_patches_are_embedded_a_few_images_at_a_time_where_nothing_is_differentiated(size):
     torch.manual_seed(0)
-    mlp = soft.TokenMlp(8, 32, act_layer=torch.nn.GELU).double()
-    hidden = []
-    mlp.fc1.register_forward_hook(lambda module, given, result: hidden.append(result.numel()))
-    x = torch.randn(3, tokens, 8, dtype=torch.float64)
-    expected = mlp(x)
-    assert hidden == [3 * tokens * 32]
+    embed = soft.PatchEmbed(*soft.conv_norm_relu(3, 8, 2), *soft.conv_norm_relu(8, 8, 1)).double().eval()
+    x, counts = images(5, *size), []
+    embed[0].register_forward_hook(lambda module, given, result: counts.append(len(result)))
+    expected = embed(x)
+    assert counts == [5]
     with torch.no_grad():
-        torch.testing.assert_close(mlp(x), expected.detach(), rtol=0, atol=1e-14 * 32)
-    assert max(hidden[1:]) <= mlp.ROWS * 32
-    assert sum(hidden[1:]) == 3 * tokens * 32
+        torch.testing.assert_close(embed(x), expected.detach(), rtol=0, atol=1e-13)
+        assert counts[1:] == {(256, 256): [2, 2, 1], (300, 500): [1] * 5, (40, 40): [5]}[size]
+        # The statistics of a norm in training are those of all images.
+        embed[1].train()
+        alone = torch.nn.Sequential(*embed)
+        torch.testing.assert_close(embed(x), alone(x), rtol=0, atol=1e-13)
 
 
 def test_drop_path_drops_whole_samples():

@@ -31,7 +31,7 @@ class TokenMlp(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         arrays = x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        return _ByRows.apply(*arrays) if self._goes_by_rows(*arrays) else super().forward(x)
+        return _ByRows.apply(*arrays, torch.is_grad_enabled()) if self._goes_by_rows(*arrays) else super().forward(x)
 
     def _goes_by_rows(self, x: Tensor, *parameters: Tensor) -> bool:
         """Whether x and all parameters are plain tensors on a CPU, and nobody has a hand in the layers between."""
@@ -48,12 +48,15 @@ def _is_untouched(layer: nn.Module) -> bool:
 
 
 class _ByRows(torch.autograd.Function):
-    """GELU(x W₁ᵀ + b₁) W₂ᵀ + b₂ for x (..., C), W₁ (4C, C), b₁ (4C), W₂ (C, 4C), b₂ (C)."""
+    """GELU(x W₁ᵀ + b₁) W₂ᵀ + b₂ for x (..., C), W₁ (4C, C), b₁ (4C), W₂ (C, 4C), b₂ (C).
+
+    ``recorded``: whether operations are, which inside of ``forward`` cannot be seen.
+    """
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2):
+    def forward(ctx, x, w1, b1, w2, b2, recorded):
         rows, out = x.flatten(0, -2), x.new_empty(x.shape)
-        keeps = any(ctx.needs_input_grad)
+        keeps = recorded and any(ctx.needs_input_grad)
         u = x.new_empty(len(rows) if keeps else min(ROWS, len(rows)), len(b1))
         t, beta = x.new_empty(ROWS, len(b1)), x.new_tensor(_BETA)
         for i, (x_, out_) in enumerate(zip(rows.split(ROWS), out.flatten(0, -2).split(ROWS), strict=True)):
@@ -86,7 +89,7 @@ class _ByRows(torch.autograd.Function):
             w1_bar.addmm_(u_bar.T, x_, alpha=0.5)
             b1_bar.add_(u_bar.sum(0), alpha=0.5)
             torch.addmm(x_, u_bar, w1, beta=0, alpha=0.5, out=x_bar_)
-        return x_bar, w1_bar, b1_bar, w2_bar, g.flatten(0, -2).sum(0)
+        return x_bar, w1_bar, b1_bar, w2_bar, g.flatten(0, -2).sum(0), None
 
     @staticmethod
     def differentiable_backward(ctx, g):
@@ -95,7 +98,7 @@ class _ByRows(torch.autograd.Function):
         x, w1, b1, w2, b2 = inputs
         with torch.enable_grad():
             out = F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
-        wanted = [y for y, wants in zip(inputs, ctx.needs_input_grad, strict=True) if wants]
+        wanted = [y for y, wants in zip(inputs, ctx.needs_input_grad, strict=False) if wants]
         found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
         return tuple(next(found) if wants else None for wants in ctx.needs_input_grad)
 

@@ -1,0 +1,147 @@
+"""The MLP of SOFT's blocks by rows of tokens against timm's, which stores its hidden layer."""
+
+import mlp
+import pytest
+import torch
+from timm.layers import Mlp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DIM = 6
+
+
+@pytest.fixture(params=[3, 8, 1024])
+def rows(request, monkeypatch):
+    """Rows at a time: of eight tokens there are a shorter rest, all, and fewer."""
+    monkeypatch.setattr(mlp, "ROWS", request.param)
+
+
+def pair(dtype=torch.float64):
+    torch.manual_seed(0)
+    ours, theirs = mlp.TokenMlp(DIM).to(dtype), Mlp(DIM, 4 * DIM, act_layer=lambda: torch.nn.GELU("tanh")).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def tokens(*shape, dtype=torch.float64):
+    # Wide enough for the activation to be flat at either end.
+    return 4 * torch.randn(*shape, DIM, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def gradients(module, x):
+    x = x.clone().requires_grad_()
+    out = module(x)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    return out.detach(), *torch.autograd.grad(out, (x, *module.parameters()), cotangent)
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 4), (2, 2, 2), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_and_gradients_are_those_of_the_layer(shape, dtype, rows):
+    ours, theirs = pair(dtype)
+    x = tokens(*shape, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=30 * torch.finfo(dtype).eps)
+    for found, expected in zip(gradients(ours, x), gradients(theirs, x), strict=True):
+        assert found.shape == expected.shape
+        # Sums over eight tokens, or 24 channels, of numbers below 30.
+        torch.testing.assert_close(found, expected, rtol=0, atol=500 * torch.finfo(dtype).eps)
+
+
+def test_strides_of_tokens_and_cotangents_do_not_matter(rows):
+    ours, theirs = pair()
+    x = tokens(4, 2).transpose(0, 1)
+    for module in (ours, theirs):
+        module(x).transpose(0, 1).flatten(1).sum().backward()  # expands
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_derivatives_against_differences_once_and_twice(rows):
+    ours, _ = pair()
+    x = tokens(8).requires_grad_()
+    assert torch.autograd.gradcheck(ours, x)
+    assert torch.autograd.gradgradcheck(ours, x)
+    torch.manual_seed(3)
+    weights = [torch.randn_like(p, requires_grad=True) for p in ours.parameters()]
+    assert torch.autograd.gradgradcheck(mlp._ByRows.apply, (x, *weights, True))
+
+
+@pytest.mark.parametrize("frozen", ["fc1", "fc2"])
+def test_frozen_layers_have_no_gradient(frozen, rows):
+    ours, theirs = pair()
+    for module in (ours, theirs):
+        getattr(module, frozen).requires_grad_(False)
+        module(tokens(8)).square().sum().backward()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+class Sizes(TorchDispatchMode):
+    """Numbers in what each operation returns, but for what lies in memory that is known."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.seen, self.known = [], [x.data_ptr() for x in known]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen += [x.numel() for x in [out] if isinstance(x, torch.Tensor) and x.data_ptr() not in self.known]
+        return out
+
+
+def test_the_hidden_layer_is_not_stored(monkeypatch):
+    monkeypatch.setattr(mlp, "ROWS", 8)
+    ours, _ = pair()
+    x = tokens(100)
+    with torch.no_grad(), Sizes() as sizes:
+        ours(x)
+    assert max(sizes.seen) == x.numel()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y), Sizes() as sizes:
+        out = ours(x)
+    assert max(sizes.seen) == 4 * x.numel()
+    # What enters the activation, and nothing that is as large.
+    assert len({y.data_ptr() for y in kept if y.numel() == 4 * x.numel()}) == 1
+    with Sizes(kept) as sizes:
+        out.sum().backward()
+    assert max(sizes.seen) == x.numel()
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_who_wants_to_see_the_layers_between_does(hook):
+    ours, theirs = pair()
+    seen = []
+    for module in (ours, theirs):
+        getattr(module.act, hook)(lambda *given: seen.append(given[0]))
+        module(tokens(8).requires_grad_()).sum().backward()
+    assert seen == [ours.act, theirs.act]
+
+
+def test_a_layer_that_was_put_in_is_used():
+    ours, _ = pair()
+    ours.fc1 = torch.nn.Sequential(ours.fc1)
+    ours.fc1.weight, ours.fc1.bias = ours.fc1[0].weight, torch.nn.Parameter(torch.zeros(4 * DIM))
+    x = tokens(8)
+    assert torch.equal(ours(x), ours.fc2(ours.act(ours.fc1(x))))
+
+
+def test_transformations_of_torch_func():
+    ours, theirs = pair()
+    x = tokens(3, 4)
+    for transform in (torch.func.vmap, torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(ours)(x), transform(theirs)(x))
+    tangent = tokens(4, 3).reshape(x.shape)
+    for found, expected in zip(*(torch.func.jvp(m, (x,), (tangent,)) for m in (ours, theirs)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast_are_torchs(dtype):
+    ours, theirs = pair(torch.float32)
+    x = tokens(8, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(ours(x), theirs(x))
+        assert ours(x).dtype == dtype
+    assert torch.equal(ours.to(dtype)(x.to(dtype)), theirs.to(dtype)(x.to(dtype)))
