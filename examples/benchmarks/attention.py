@@ -105,6 +105,7 @@ def null_key(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
 
 # Softmax-free attention on given landmarks, by name: q, v, z -> k(q, z) A⁺ k(z, q) v.
 ROUTES = {"lowrank": partial(softmax_free_attention, ridge=RIDGE), "null key": null_key, "textbook": textbook}
+ROUTES["Newton"] = partial(softmax_free_attention, ridge=RIDGE, method="newton")
 
 
 def on_landmarks(route: Callable, q: Tensor, v: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ softmax         Ours with ``attn="softmax"``: scaled_dot_product_attention, sepa
 First it is checked, in float32 and float64, that the outputs agree, and told how far each model's gradient in float32
 is off its own in float64, and the literal's off the derivative: −XᵀGXᵀ is none where 20 steps have not converged.
 All but the last hold the same weights. Forward is in evaluation mode and without gradients; backward
-in training mode, of the cross-entropy. Times are of interleaved calls in one process, the first not counted unless
-there was time for no other; batches hold as many pixels as the first size's, at least one image. Memory is what one
+in training mode, of the cross-entropy. Times are of interleaved calls, the first not counted unless there was time for
+no other; on a CPU every model is in a process of its own, as it will be for whoever uses it: in one process, memory
+that the largest model frees stays there and spares all others, and itself, what the system takes for new memory.
+Batches hold as many pixels as the first size's, at least one image. Memory is what one
 call, weights and gradients being there, adds to the resident set of a fresh process that has run the model on a small
 image before, or on CUDA to the bytes torch has allocated. GMACs are torch's count of the forward pass, of one image.
 Ratios, of medians and of least times, are the literal's time over that of the row. A method stops where its next call
@@ -27,8 +29,11 @@ import argparse
 import contextlib
 import itertools
 import math
+import multiprocessing
 import sys
-from functools import partial
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import matplotlib
@@ -254,11 +259,34 @@ def memory(name: str, batch: int, size: int, backward: bool, device: str) -> int
     return peak(lambda: step(name, model, x, backward), device)
 
 
+@cache
+def prepared(name: str, device: str) -> nn.Module:
+    return build(name).to(device)
+
+
+@cache
+def prepared_images(batch: int, size: int, device: str) -> Tensor:
+    return images(batch, size, device)
+
+
+def one_step(name: str, batch: int, size: int, backward: bool, device: str) -> None:
+    step(name, prepared(name, device), prepared_images(batch, size, device), backward)
+
+
+def runner(name: str, device: str) -> Callable[..., None]:
+    """``one_step`` of a model, on a CPU in a process that is the model's own and stays."""
+    if device != "cpu":
+        return partial(one_step, name)
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    pool.submit(prepared, name, device).result()
+    return lambda *given: pool.submit(one_step, name, *given).result()
+
+
 def measure(options: argparse.Namespace, models: dict, size: int, backward: bool, before: list[dict]) -> list[dict]:
-    """A row per method; ``before`` are those of smaller images."""
+    """A row per method, of ``models``' runners; ``before`` are those of smaller images."""
     first = options.sizes[0]
     batch = max(1, options.batch * first**2 // size**2)
-    x, rows, calls, used = images(batch, size, options.device), [], {}, {}
+    rows, calls, used = [], {}, {}
     for name in models if size == first else LARGER:
         row = {"size": size, "batch": batch, "pass": PASSES[backward], "method": name, "median": None}
         # Neither the compiler nor autocast changes what is counted.
@@ -270,7 +298,7 @@ def measure(options: argparse.Namespace, models: dict, size: int, backward: bool
             held = last["memory"] * batch / last["batch"] * (pixels**2 if name == LITERAL else pixels)
             if seconds > options.budget or held > options.memory * 1e9:
                 continue
-        calls[name] = partial(step, name, models[name], x, backward)
+        calls[name] = partial(models[name], batch, size, backward, options.device)
         if name != "ours, compiled" or options.device == "cuda":  # the compiler's own memory would be counted
             used[name] = partial(memory, name, batch, size, backward, options.device)
     figures = timed(calls, used, options.device, *((1, 0.1) if options.quick else (20, 30.0)))
@@ -337,7 +365,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n".join(f"{value:.1e}  {what}" for what, value in about["agreement"].items()), file=sys.stderr)
 
     names = METHODS + (("ours, compiled",) if options.compile else ())
-    models = {name: build(name).to(options.device) for name in names}
+    models = {name: runner(name, options.device) for name in names}
     titles = "".join(f"{title:>10}" for title, _, _ in COLUMNS.values())
     print(f"{'size':>5}{'batch':>6}  {'pass':<10}  {'method':<15}{'rounds':>6}{titles}", flush=True)
     rows: list[dict] = []
