@@ -274,6 +274,14 @@ def cholesky(a: Array, xp: Namespace) -> Array:
         return xp.full_like(a, float("nan"))
 
 
+def split_rows(x: Array, at: int) -> tuple[Array, Array]:
+    """x[..., :at, :] and x[..., at:, :], whose derivatives torch joins instead of adding up two of the size of x."""
+    if compat.is_torch_array(x):
+        first, second = x.split((at, x.shape[-2] - at), dim=-2)
+        return first, second
+    return x[..., :at, :], x[..., at:, :]
+
+
 def solve_cholesky(lower: Array, b: Array) -> Array:
     """(L Lᴴ)⁻¹ b of torch tensors."""
     import torch

@@ -42,6 +42,22 @@ def pseudoinverse(
     return _jax_pseudoinverse(p, solve, full_rank)
 
 
+def textbook_steps(x: Array, a: Array, steps: int) -> Array:
+    """X ← 2X − XAX, ``steps`` times, of torch tensors, X of shape (..., n, m) and A (..., m, n), with the derivative of
+    just that: from a step to the one before, with E = XA and a cotangent G,
+
+        X̄ = 2G − EᴴG − (GXᴴ)Aᴴ,   Ā = −Xᴴ(GXᴴ),
+
+    five products with that of E, in memory that is used again, where recording the steps takes new memory for all.
+    """
+    from lowrank._torch_rules import TextbookSteps
+
+    if a.shape[-1] > a.shape[-2]:  # the iteration commutes with ᴴ
+        return textbook_steps(x.mH, a.mH, steps).mH
+    out = TextbookSteps.apply(*(y.reshape(-1, *y.shape[-2:]) for y in (x, a)), steps)
+    return out.reshape(x.shape)
+
+
 def _jax_pseudoinverse(
     p: Array, solve: Callable[[Array], tuple[Array, tuple[Array, ...]]], full_rank: bool
 ) -> tuple[Array, ...]:

@@ -169,6 +169,17 @@ def _complement(e: Array, scale: float, xp: Namespace) -> Array:
     return add_to_diagonal(-scale * e, 1.0, xp)
 
 
+def textbook_steps(x: Array, a: Array, steps: int, xp: Namespace) -> Array:
+    """X ← 2X − XAX, ``steps`` times, of X (..., n, m) and A (..., m, n), products on the smaller side."""
+    shape = x.shape
+    # One axis of batch, for the sum to be in the product's own pass.
+    x, a = (xp.reshape(y, (-1, *y.shape[-2:])) for y in (x, a))
+    for _ in range(steps):
+        factors = (x @ a, x) if a.shape[-1] <= a.shape[-2] else (x, a @ x)
+        x = add_product(x, *factors, xp, beta=2.0, alpha=-1.0)
+    return xp.reshape(x, shape)
+
+
 def apply(step: Step, x: Array, e: Array, xp: Namespace) -> Array:
     """X ← sS(R)X with R = I − sE."""
     r = _complement(e, step.scale, xp)

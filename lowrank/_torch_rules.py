@@ -7,6 +7,7 @@ because the compiler is told at import which functions of ``_schedule`` it need 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from lowrank._array import arithmetic
+from lowrank._array import arithmetic, is_traced
 from lowrank._differentials import cotangent, differential, distance_cotangent, distance_differential
+from lowrank._newton import textbook_steps
 from lowrank._schedule import constants
 
 # The compiler is not to trace how they were found.
@@ -69,6 +71,61 @@ class Pseudoinverse(ReversePseudoinverse):
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         results = Pseudoinverse.apply(p.movedim(in_dims[0], 0), solve, full_rank)
         return results, (0,) * len(results)
+
+
+class TextbookSteps(torch.autograd.Function):
+    """``textbook_steps`` of X (b, n, m) and A (b, m, n), n ≤ m, of which only the X of each step is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, steps: int) -> Tensor:
+        kept, e = x.new_empty(steps + 1, *x.shape), x.new_empty(*x.shape[:-1], a.shape[-1])
+        kept[0] = x
+        for before, after in itertools.pairwise(kept):
+            torch.baddbmm(before, torch.bmm(before, a, out=e), before, beta=2, alpha=-1, out=after)
+        ctx.save_for_backward(x, a, kept)
+        return kept[-1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, kept = ctx.saved_tensors
+        with arithmetic(x):
+            if torch.is_grad_enabled() or is_traced(g):
+                return TextbookSteps.differentiable_backward(ctx, g)
+            scale, a_bar = _power_of_two(g), torch.zeros_like(a)
+            g = _flushed((g / scale).contiguous())
+            new, e, h = torch.empty_like(g), *(x.new_empty(*x.shape[:-1], a.shape[-1]) for _ in range(2))
+            for before in kept[:-1].flip(0).unbind():
+                torch.bmm(before, a, out=e)
+                torch.bmm(g, before.mH, out=h)
+                a_bar.baddbmm_(before.mH, h, alpha=-1)
+                torch.baddbmm(g, e.mH, g, beta=2, alpha=-1, out=new)
+                g, new = _flushed(new.baddbmm_(h, a.mH, alpha=-1)), g
+        return g * scale, a_bar * scale, None
+
+    @staticmethod
+    def differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """By the steps, to be differentiated again or for many cotangents at once."""
+        x, a, kept = ctx.saved_tensors
+        wanted = [y for y, wants in zip((x, a), ctx.needs_input_grad, strict=False) if wants]
+        with torch.enable_grad():
+            out = textbook_steps(x, a, len(kept) - 1, xp)
+        found = iter(torch.autograd.grad(out, wanted, g, create_graph=torch.is_grad_enabled()))
+        return *(next(found) if wants else None for wants in ctx.needs_input_grad[:2]), None
+
+
+def _power_of_two(g: Tensor) -> Tensor:
+    """For each matrix one near its largest entry, by which products are exact; 1 where that is 0 or not finite."""
+    largest = g.abs().amax((-2, -1), keepdim=True)
+    power = torch.exp2(largest.log2().round())
+    return torch.where(torch.isfinite(power) & (power > 0), power, 1.0)
+
+
+def _flushed(g: Tensor) -> Tensor:
+    """g, in its own memory, with 0 for what is smaller than 2⁻⁹⁰: on the way back through converged steps it falls with
+    the square of the residual, and products of numbers below the normal ones take ten times as long."""
+    parts = torch.view_as_real(g) if g.is_complex() else g
+    torch.hardshrink(parts, 2.0**-90, out=parts)
+    return g
 
 
 class SquaredDistances(torch.autograd.Function):

@@ -29,6 +29,7 @@ from lowrank._array import (
     number,
     shown,
     solve_triangular,
+    split_rows,
     stop_gradient,
     to_host,
     widest_real,
@@ -109,13 +110,10 @@ def segment_means(
         )
     xp, n = _checked(x, rank)
     short, longer = divmod(n, rank)
-    cut = longer * (short + 1)
-    parts = [
-        _means_of_equal_segments(part, count, xp)
-        for part, count in ((x[..., :cut, :], longer), (x[..., cut:, :], rank - longer))
-        if count
-    ]
-    return parts[0] if len(parts) == 1 else xp.concat(parts, axis=-2)
+    if longer == 0:
+        return _means_of_equal_segments(x, rank, xp)
+    parts = zip(split_rows(x, longer * (short + 1)), (longer, rank - longer), strict=True)
+    return xp.concat([_means_of_equal_segments(part, count, xp) for part, count in parts], axis=-2)
 
 
 def rpcholesky(

@@ -48,6 +48,7 @@ from lowrank._newton import (
     hermitian_part,
     in_chunks,
     or_nan,
+    textbook_steps,
 )
 from lowrank._tall import tall_pinv
 from lowrank._truncated import square_pinv
@@ -373,7 +374,7 @@ def _nothing_to_do(a: Array, xp: Namespace) -> Work:
 
 
 def _textbook(p: Array, *, steps: int, alpha: Any, ridge: float, xp: Namespace) -> tuple[Array, Work]:
-    """X₀ = α Pᴴ, X ← 2X − XPX (Lu et al., NeurIPS 2021, eq. 9), differentiable step by step."""
+    """X₀ = α Pᴴ, X ← 2X − XPX (Lu et al., NeurIPS 2021, eq. 9), differentiable as such."""
     finite, p = finite_part(p, xp)
     p = p + ridge * identity(p, xp) if ridge > 0 else p
     magnitude = xp.abs(p)
@@ -389,8 +390,12 @@ def _textbook(p: Array, *, steps: int, alpha: Any, ridge: float, xp: Namespace) 
         alpha = xp.zeros_like(one_norm) + alpha
         x = as_matrices(alpha) * start
         spread = alpha * one_norm * inf_norm
-    for _ in range(steps):
-        x = 2 * x - ((x @ p) @ x if p.shape[-1] <= p.shape[-2] else x @ (p @ x))
+    if carries_derivative(x) and not (is_traced(x) or is_transformed(x)):
+        from lowrank import _gradients
+
+        x = _gradients.textbook_steps(x, p, steps)
+    else:
+        x = textbook_steps(x, p, steps, xp)
     # Eigenvalues of X₀P lie in [αδ², α‖P‖₁‖P‖_∞], and each step squares their distance from 1.
     worst = xp.maximum(1 - spread * (ridge / one_norm) * (ridge / inf_norm), spread - 1)
     zero = stop_gradient(xp.zeros_like(worst))

@@ -21,7 +21,7 @@ MAY_KNOW = {
     "_array": set(),
     "_accurate": {"_array"},
     "_differentials": {"_array"},
-    "_torch_rules": {"_array", "_differentials", "_schedule"},
+    "_torch_rules": {"_array", "_differentials", "_newton", "_schedule"},
     "_gradients": {"_array", "_differentials", "_torch_rules"},
     "kernels": {"_array", "_gradients"},
     "_schedule": set(),

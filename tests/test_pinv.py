@@ -598,6 +598,58 @@ def test_steps_differentiate_the_iteration_not_the_limit():
     assert abs(unconverged[1, 1]) < 0.1 * abs(converged[1, 1])
 
 
+def recorded_steps(a, steps, **given):
+    """The gradient of the iteration that torch finds from a record of it."""
+    x = pinv_newton(a.detach(), steps=0, **given)  # αAᴴ, α a constant
+    a = a.detach().requires_grad_()
+    out = (x / a.detach().mH) * a.mH
+    for _ in range(steps):
+        out = 2 * out - out @ a @ out
+    return out, a
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 5, 5), (2, 3, 6, 4), (2, 4, 6), (1, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("steps", [0, 1, 12, 40])
+@pytest.mark.parametrize("size", [1.0, 1e-250, 1e100])
+def test_the_way_back_through_steps_is_that_of_their_record(shape, dtype, steps, size):
+    generator = torch.Generator().manual_seed(sum(shape) + steps)
+    a = torch.randn(shape, dtype=dtype, generator=generator).requires_grad_()
+    g = size * torch.randn(*shape[:-2], shape[-1], shape[-2], dtype=dtype, generator=generator)
+    alpha = torch.full(shape[:-2], 0.01, dtype=torch.float64)
+    expected, leaf = recorded_steps(a, steps, alpha=alpha)
+    found = pinv_newton(a, steps=steps, alpha=alpha)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    ours, theirs = torch.autograd.grad(found, a, g)[0] / size, torch.autograd.grad(expected, leaf, g)[0] / size
+    # Steps double what rounding leaves of the inverse's small directions.
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9 * float(theirs.abs().max()))
+
+
+def test_the_way_back_through_steps_leaves_no_small_numbers_and_no_trace_of_neighbours():
+    a = torch.eye(4).repeat(3, 1, 1) + 0.01 * torch.arange(16.0).reshape(4, 4)
+    a[1] = torch.nan
+    g = torch.ones(3, 4, 4)
+    g[2] = 1e-30
+
+    def gradients(a, g):
+        a = a.clone().requires_grad_()
+        start = (0.1 * a.mT).detach().requires_grad_()
+        from lowrank._torch_rules import TextbookSteps
+
+        return torch.autograd.grad(TextbookSteps.apply(start, a, 20), (start, a), g)
+
+    together = gradients(a, g)
+    for i in range(3):
+        for x, y in zip(together, gradients(a[i : i + 1], g[i : i + 1]), strict=True):
+            assert torch.equal(x[i], y[0]) or (i == 1 and x[i].isnan().all() and y[0].isnan().all())
+    tiny = torch.finfo(torch.float32).tiny
+    assert not ((together[0][0].abs() < tiny) & (together[0][0] != 0)).any()
+    # Twenty steps from within the region of convergence: the inverse's own derivative, and nothing of the start.
+    assert together[0][0].abs().max() == 0
+    exact = torch.linalg.inv(a[0].double()).mT
+    torch.testing.assert_close(together[1][0].double(), -exact @ g[0].double() @ exact, rtol=0, atol=1e-5)
+
+
 def test_function_transforms():
     a, exact = from_spectrum(np.logspace(0, -2, 4), 5, 4)
     batch = np.stack([a, 2 * a, -a])
