@@ -16,10 +16,10 @@ All but the last hold the same weights. Forward is in evaluation mode and withou
 in training mode, of the cross-entropy. Times are of interleaved calls, the first not counted unless there was time for
 no other; on a CPU every model is in a process of its own, as it will be for whoever uses it: in one process, memory
 that the largest model frees stays there and spares all others, and itself, what the system takes for new memory.
-Batches hold as many pixels as the first size's, at least one image. Memory is what one
-call, weights and gradients being there, adds to the resident set of a fresh process that has run the model on a small
-image before, or on CUDA to the bytes torch has allocated. GMACs are torch's count of the forward pass, of one image,
-and what it leaves out. Ratios, of medians and of least times, are the literal's time over that of the row. A method stops where its next call
+Batches hold as many pixels as the first size's, at least one image. Memory is what one call, weights and gradients
+being there, adds to the resident set of a fresh process that has run the model on a small image before, or on CUDA to
+the bytes torch has allocated. GMACs are torch's count of the forward pass, of one image, and what it leaves out.
+Ratios, of medians and of least times, are the literal's time over that of the row. A method stops where its next call
 is expected, from its GMACs, to exceed --budget or --memory. The table goes to stdout, all else to stderr.
 """
 
