@@ -499,10 +499,11 @@ def _sums(x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Array:
 
 
 def _expansion(x: Array, y: Array, s: Array, c: Array, xp: Namespace) -> Array:
-    u, v = (x - c) * s, (y - c) * s
-    u2 = xp.sum(u * u, axis=-1)[..., :, None]
-    v2 = xp.sum(v * v, axis=-1)[..., None, :]
-    return xp.clip(u2 + v2 - 2 * (u @ xp.matrix_transpose(v)), min=0.0)
+    u = (x - c) * s
+    v = u if y is x else (y - c) * s
+    u2 = xp.sum(u * u, axis=-1)
+    v2 = u2 if y is x else xp.sum(v * v, axis=-1)
+    return xp.clip(u2[..., :, None] + v2[..., None, :] - 2 * (u @ xp.matrix_transpose(v)), min=0.0)
 
 
 def _centre(y: Array, xp: Namespace) -> Array:
