@@ -10,6 +10,7 @@ import torch
 
 from lowrank import _attend, pinv, pinv_newton, softmax_free_attention
 from lowrank import attention as room
+from lowrank._array import exp_of_negative
 from lowrank._torch_attention import gaussian_product
 
 EPS = 2.0**-23
@@ -278,6 +279,29 @@ def test_which_way_the_core_is_solved(monkeypatch):
     softmax_free_attention(q, v, z, landmark_mask=torch.ones(2, 4, dtype=bool), method="direct")
     softmax_free_attention(q, v, z, ridge=0.0, method="direct")
     assert seen[3:] == ["direct"] * 2
+
+
+@pytest.mark.parametrize("asarray", [np.asarray, torch.asarray], ids=["numpy", "torch"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_blocks_hold_no_number_below_the_normal_ones(asarray, dtype):
+    tiny = float(np.finfo(dtype).smallest_normal)
+    exponents = np.concatenate([np.linspace(1.1 * np.log(tiny), 1, 10_001), [np.nan, -np.inf]]).astype(dtype)
+    x = asarray(exponents.copy())
+    found = np.asarray(exp_of_negative(x, array_api_compat.array_namespace(x)))
+    kept = exponents > 0.8 * np.log(tiny) + 0.01
+    np.testing.assert_allclose(found[kept], np.exp(np.minimum(exponents[kept], 0)), rtol=4 * np.finfo(dtype).eps)
+    assert np.isnan(found[-2])
+    lost = found[~kept & ~np.isnan(exponents)]
+    assert ((lost == 0) | (lost > 0.9 * tiny**0.8)).all()
+    assert (found[exponents < 0.8 * np.log(tiny) - 0.01] == 0).all()
+
+
+def test_tokens_far_from_all_landmarks_get_nothing(entries):
+    q, v, z = (x.float() for x in triple(n=40, m=6, d=4, e=3))
+    q[:, 10:] += 40
+    out = softmax_free_attention(q, v, z)
+    assert torch.equal(out[:, 10:], torch.zeros_like(out[:, 10:]))
+    torch.testing.assert_close(out[:, :10], softmax_free_attention(q[:, :10], v[:, :10], z))
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

@@ -78,6 +78,10 @@ def test_frozen_layers_have_no_gradient(frozen, rows):
             torch.testing.assert_close(p.grad, q.grad)
 
 
+HOOKS = ["register_forward_hook", "register_forward_pre_hook"]
+HOOKS += ["register_full_backward_hook", "register_full_backward_pre_hook"]
+
+
 class Sizes(TorchDispatchMode):
     """Numbers in what each operation returns, but for what lies in memory that is known."""
 
@@ -109,7 +113,7 @@ def test_the_hidden_layer_is_not_stored(monkeypatch):
     assert max(sizes.seen) == x.numel()
 
 
-@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize("hook", HOOKS)
 def test_who_wants_to_see_the_layers_between_does(hook):
     ours, theirs = pair()
     seen = []
@@ -119,12 +123,38 @@ def test_who_wants_to_see_the_layers_between_does(hook):
     assert seen == [ours.act, theirs.act]
 
 
-def test_a_layer_that_was_put_in_is_used():
-    ours, _ = pair()
-    ours.fc1 = torch.nn.Sequential(ours.fc1)
-    ours.fc1.weight, ours.fc1.bias = ours.fc1[0].weight, torch.nn.Parameter(torch.zeros(4 * DIM))
-    x = tokens(8)
-    assert torch.equal(ours(x), ours.fc2(ours.act(ours.fc1(x))))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mlp: setattr(mlp, "fc1", torch.nn.Linear(DIM, 4 * DIM, bias=False).double()),
+        lambda mlp: setattr(mlp, "fc2", torch.nn.utils.parametrizations.weight_norm(mlp.fc2)),
+        lambda mlp: setattr(mlp, "act", torch.nn.GELU()),
+        lambda mlp: setattr(mlp, "act", torch.nn.Tanh()),
+        lambda mlp: setattr(mlp, "norm", torch.nn.LayerNorm(4 * DIM).double()),
+        lambda mlp: setattr(mlp.drop1, "p", 0.5),
+    ],
+    ids=["no bias", "parametrized", "exact", "tanh", "norm", "dropout"],
+)
+def test_layers_that_were_changed_are_used(change):
+    ours, theirs = pair()
+    torch.manual_seed(4)
+    change(ours)
+    torch.manual_seed(4)
+    change(theirs)
+    theirs.load_state_dict(ours.state_dict())
+    torch.manual_seed(5)
+    found = gradients(ours, tokens(8))
+    torch.manual_seed(5)
+    for x, y in zip(found, gradients(theirs, tokens(8)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_dropout_is_for_training(rows):
+    ours, theirs = pair()
+    for module in (ours, theirs):
+        module.drop1.p = module.drop2.p = 0.5
+        module.eval()
+    torch.testing.assert_close(ours(tokens(8)), theirs(tokens(8)), rtol=0, atol=30 * torch.finfo(torch.float64).eps)
 
 
 def test_transformations_of_torch_func():

@@ -176,16 +176,28 @@ def test_norm_model_predictions_do_not_depend_on_batch_mates(published):
 @pytest.mark.parametrize("size", [(256, 256), (300, 500), (40, 40)], ids=str)
 def test_patches_are_embedded_a_few_images_at_a_time_where_nothing_is_differentiated(size):
     torch.manual_seed(0)
-    embed = soft.PatchEmbed(*soft.conv_norm_relu(3, 8, 2), *soft.conv_norm_relu(8, 8, 1)).double().eval()
-    x, counts = images(5, *size), []
-    embed[0].register_forward_hook(lambda module, given, result: counts.append(len(result)))
+    counts = []
+
+    class Counting(torch.nn.Identity):
+        def forward(self, x):
+            counts.append(len(x))
+            return x
+
+    embed = soft.PatchEmbed(Counting(), *soft.conv_norm_relu(3, 8, 2), *soft.conv_norm_relu(8, 8, 1)).double().eval()
+    x = images(5, *size)
     expected = embed(x)
     assert counts == [5]
     with torch.no_grad():
         torch.testing.assert_close(embed(x), expected.detach(), rtol=0, atol=1e-13)
         assert counts[1:] == {(256, 256): [2, 2, 1], (300, 500): [1] * 5, (40, 40): [5]}[size]
+        # Who looks sees all images.
+        seen = []
+        handle = embed[1].register_forward_hook(lambda module, given, result: seen.append(len(result)))
+        embed(x)
+        handle.remove()
+        assert seen == [5]
         # The statistics of a norm in training are those of all images.
-        embed[1].train()
+        embed[2].train()
         alone = torch.nn.Sequential(*embed)
         torch.testing.assert_close(embed(x), alone(x), rtol=0, atol=1e-13)
 

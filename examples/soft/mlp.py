@@ -30,21 +30,34 @@ class TokenMlp(Mlp):
         super().__init__(dim, 4 * dim, act_layer=partial(nn.GELU, approximate="tanh"))
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not self._is_as_made() or any(map(has_hooks, self.children())):
+            return super().forward(x)
         arrays = x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        return _ByRows.apply(*arrays, torch.is_grad_enabled()) if self._goes_by_rows(*arrays) else super().forward(x)
+        return _ByRows.apply(*arrays, torch.is_grad_enabled()) if _are_plain(*arrays) else super().forward(x)
 
-    def _goes_by_rows(self, x: Tensor, *parameters: Tensor) -> bool:
-        """Whether x and all parameters are plain tensors on a CPU, and nobody has a hand in the layers between."""
-        if is_traced(x) or is_transformed(x, *parameters) or torch.is_autocast_enabled(x.device.type):
-            return False
-        alike = all(p.device.type == "cpu" and p.dtype == x.dtype for p in (x, *parameters))
-        return alike and x.dtype in (torch.float32, torch.float64) and all(map(_is_untouched, self.children()))
+    def _is_as_made(self) -> bool:
+        """Whether no layer has given way to another, and none drops anything."""
+        linear = all(type(fc) is nn.Linear and fc.bias is not None for fc in (self.fc1, self.fc2))
+        kept = all(type(drop) is nn.Dropout and not (drop.training and drop.p) for drop in (self.drop1, self.drop2))
+        return linear and kept and type(self.norm) is nn.Identity and _is_tanh_gelu(self.act)
 
 
-def _is_untouched(layer: nn.Module) -> bool:
-    """Whether a layer is one that timm's Mlp is made with, and its output is of interest to nobody else."""
-    known = type(layer) in (nn.Linear, nn.GELU, nn.Dropout, nn.Identity)
-    return known and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+def _are_plain(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether x and the parameters are plain tensors on a CPU, of one dtype that is computed in."""
+    if is_traced(x) or is_transformed(x, *parameters) or torch.is_autocast_enabled(x.device.type):
+        return False
+    alike = all(p.device.type == "cpu" and p.dtype == x.dtype for p in (x, *parameters))
+    return alike and x.dtype in (torch.float32, torch.float64)
+
+
+def _is_tanh_gelu(layer: nn.Module) -> bool:
+    return type(layer) is nn.GELU and layer.approximate == "tanh"
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody wants to see what passes through a layer."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return any(map(len, hooks))
 
 
 class _ByRows(torch.autograd.Function):

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from attentions import HEAD_DIM, ClassTokenAttention, build_attention
-from mlp import TokenMlp
+from mlp import TokenMlp, has_hooks
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -99,16 +99,21 @@ def conv_norm_relu(in_chans: int, out_chans: int, stride: int) -> list[nn.Module
 
 
 class PatchEmbed(nn.Sequential):
-    """Convolutions, norms and activations of an image (B, C, H, W), on a CPU a few images at a time where nothing is to
-    be differentiated or counted, so that what lies between the layers stays in the cache."""
+    """Convolutions, norms and activations of images (B, C, H, W), on a CPU a few images at a time where nothing is to
+    be differentiated, counted or seen, so that what lies between the layers stays in the cache."""
 
     PIXELS = 2**17
 
     def forward(self, image: Tensor) -> Tensor:
         image = image.contiguous(memory_format=torch.channels_last)
         count = max(1, self.PIXELS // math.prod(image.shape[2:]))
-        whole = any(layer.training for layer in self) or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if whole or image.device.type != "cpu" or len(image) <= count:
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if (
+            whole
+            or any(layer.training or has_hooks(layer) for layer in self)
+            or image.device.type != "cpu"
+            or len(image) <= count
+        ):
             return super().forward(image)
         return torch.cat([super(PatchEmbed, self).forward(images) for images in image.split(count)])
 
