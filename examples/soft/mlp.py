@@ -1,8 +1,8 @@
 """The MLP of a block, on a CPU by rows of tokens, so that its hidden layer is never stored.
 
 The hidden layer is four times as wide as the tokens: to write it, its activation and their gradients to memory takes as
-long as the products, and torch's tanh-GELU four to five times as long as a tanh. By rows, all of it stays in the cache but for
-what enters the activation, which is kept for the way back.
+long as the products, and torch's tanh-GELU four to five times as long as a tanh. By rows, all of it stays in the cache
+but for what enters the activation, which is kept for the way back.
 """
 
 from __future__ import annotations
