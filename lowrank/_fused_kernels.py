@@ -103,10 +103,11 @@ def _invert(a, p, x, e, figures, ridge, n, SIZE: tl.constexpr, BITS: tl.constexp
     tile = _block(a, row, column, n) + ridge * eye
     _write(p, row, column, n, tile)
     sigma_p = _grid(tile, 0, BITS)
-    upper = _MARGIN * tl.max(tl.sum(tl.abs(tile), axis=1), axis=0)
+    upper = tl.max(tl.sum(tl.abs(tile), axis=1), axis=0) * _MARGIN
     low = tl.maximum(ridge / upper, _EPS)
     # A change of P in its last bits moves X by κ·eps: a pass below may leave that much, and a residual of its root.
-    small = tl.minimum(2 * tl.sqrt(n * tl.maximum(_EPS / (512 * low), _EPS / 4)), 0.25)
+    # (Triton's interpreter does not divide a constant by a tensor.)
+    small = tl.minimum(2 * tl.sqrt(n * tl.maximum(1 / (low * (512 / _EPS)), _EPS / 4)), 0.25)
 
     # X ← ρ(2X − XPX), ρ = 2/(2 − ε²), leads a spectrum of E = XP in [low, high] = [1 − ε, 1 + ε] into one in
     # [ρ(1 − ε²), ρ]. Followed at both ends, low keeps its digits where ε is next to 1, and high where ε is next to 0.

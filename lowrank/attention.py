@@ -26,7 +26,6 @@ from lowrank._array import (
     cholesky,
     identity,
     is_half,
-    is_on_cpu,
     is_traced,
     is_transformed,
     namespace,
@@ -50,7 +49,7 @@ def softmax_free_attention(
     mask: Array | None = None,
     landmark_mask: Array | None = None,
     queries: Array | None = None,
-    method: str | None = None,
+    method: str = "newton",
     inverse: Callable[..., Array] | None = None,
 ) -> Array:
     r"""Nyström approximation of k(q, q) v, k(x, y) = exp(−‖(x − y)/ℓ‖²/2): X = C (A⁺ (Cᵀ v)).
@@ -82,11 +81,10 @@ def softmax_free_attention(
         Tokens that ask, where they are not those that answer: the result is k(queries, z) A⁺ k(z, q) v, of shape
         (..., n', e). It approximates a block of a Gram matrix, not a Gram matrix, so that nothing is semidefinite
         about its error. ``mask`` concerns ``q`` and ``v`` alone then.
-    method : {"newton", "direct"}, optional
+    method : {"newton", "direct"}
         How the system with A + δ I is solved (with δ = 0: how its pseudoinverse is found, which is used as it is).
         "newton": by two corrections of what an approximate inverse of :func:`lowrank.pinv_newton` gives. "direct": by
-        the library's own factorisation. Unless given, "direct" for torch tensors on a CPU, where it takes less time,
-        and "newton" elsewhere.
+        the library's own factorisation, which takes less time on a CPU, and matters where tokens are few.
     inverse : callable, optional
         In place of ``method``: called as ``inverse(a, hermitian=True, ridge=ridge)`` with a of shape (..., m, m);
         returns (a + δ I)⁺, which is used and differentiated as it is: ``functools.partial(pinv_newton, steps=20)`` is
@@ -105,8 +103,8 @@ def softmax_free_attention(
         False, or ``inverse`` is not callable, or returns no array of the library and dtype of its argument.
     ValueError
         If their shapes do not fit, they are on different devices, ``lengthscale`` is not positive and finite, ``ridge``
-        is negative or not finite, ``method`` is neither of the two or comes with an ``inverse``, or that returns an
-        array of another shape.
+        is negative or not finite, ``method`` is neither of the two, or is "direct" beside an ``inverse``, or that
+        returns an array of another shape.
 
     Notes
     -----
@@ -162,10 +160,10 @@ def _check_options(ridge: Any, normalize: Any, method: Any, inverse: Any) -> Non
     check_flag("normalize", normalize)
     if inverse is not None and not callable(inverse):
         raise TypeError(f"inverse must be a function of (a, hermitian=, ridge=), or None, not {shown(inverse)}")
-    if method is not None and (not isinstance(method, str) or method not in ("newton", "direct")):
+    if not isinstance(method, str) or method not in ("newton", "direct"):
         raise ValueError(f"method must be 'newton' or 'direct', not {shown(method)}")
-    if method is not None and inverse is not None:
-        raise ValueError(f"method={method!r} has no meaning with inverse, which takes its place; leave one of them out")
+    if method == "direct" and inverse is not None:
+        raise ValueError("method='direct' has no meaning with inverse, which takes its place; leave one of them out")
 
 
 def _only(x: Array, mask: Array | None, xp: Namespace) -> Array:
@@ -186,7 +184,7 @@ def _core(
     mask: Array | None,
     ridge: float,
     normalize: bool,
-    method: str | None,
+    method: str,
     inverse: Callable[..., Array] | None,
     xp: Namespace,
 ) -> tuple[Array | _attend.Factor, Array | None]:
@@ -228,26 +226,24 @@ def _roots(a: Array, xp: Namespace) -> Array:
     return root * xp.matrix_transpose(root)
 
 
-def _is_factored(a: Array, method: str | None) -> bool:
-    """Whether P is solved with by its Cholesky factor. On a CPU that takes less time than products, of 49 landmarks a
-    sixth of it for one head and half for eighty; masks, traced programs and ``torch.func`` want an inverse."""
-    if not compat.is_torch_array(a) or is_traced(a) or is_transformed(a):
-        return False
-    return is_on_cpu(a) if method is None else method == "direct"
+def _is_factored(a: Array, method: str) -> bool:
+    """Whether P is solved with by its Cholesky factor, of 49 landmarks in a sixth of the time of products for one head
+    and half for eighty on a CPU. Masks, traced programs and ``torch.func`` want an inverse."""
+    return method == "direct" and compat.is_torch_array(a) and not (is_traced(a) or is_transformed(a))
 
 
-def _inverse(method: str | None, inverse: Callable[..., Array] | None) -> Callable[..., Array]:
+def _inverse(method: str, inverse: Callable[..., Array] | None) -> Callable[..., Array]:
     """Looked up at the call, so that whoever replaces the iteration in its own room is heard here."""
     usual = partial(_pinv.pinv_newton, method=method) if method == "direct" else _pinv.pinv_newton
     return usual if inverse is None else inverse
 
 
-def _approximate_inverse(a: Array, ridge: float, method: str | None, xp: Namespace) -> Array:
+def _approximate_inverse(a: Array, ridge: float, method: str, xp: Namespace) -> Array:
     """What the corrections in ``_attend`` make of it is right to rounding."""
     # Their error is a power of its error, and no row sum of A exceeds m. (An m that is a symbol of a traced program
     # bounds nothing.)
     m, tol = a.shape[-1], float(xp.finfo(a.dtype).eps) ** (1 / (1 + _attend.CORRECTIONS))
-    known = {"upper": float(max(1, m)), "tol": tol} if isinstance(m, int) and method != "direct" else {}
+    known = {"upper": float(max(1, m)), "tol": tol} if isinstance(m, int) and method == "newton" else {}
     return _inverse(method, None)(a, hermitian=True, ridge=ridge, **known)
 
 

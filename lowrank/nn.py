@@ -65,8 +65,8 @@ class SoftmaxFreeAttention(nn.Module):
     ValueError
         If ``num_heads`` does not divide ``dim``, ``spatial_dims`` is neither 1 nor 2, neither ``stride`` nor ``grid``
         is given, a size is not positive, ``grid`` has another number of axes or is not of ints, ``value_kernel`` is
-        even, ``ridge`` is negative or not finite, ``method`` is neither "newton" nor "direct", or comes with an
-        ``inverse``.
+        even, ``ridge`` is negative or not finite, ``method`` is neither "newton" nor "direct", or is "direct" beside
+        an ``inverse``.
 
     Notes
     -----
@@ -111,7 +111,7 @@ class SoftmaxFreeAttention(nn.Module):
         value_kernel: int | None = None,
         ridge: float = 0.01,
         normalize: bool = False,
-        method: str | None = None,
+        method: str = "newton",
         inverse: Callable[..., Tensor] | None = None,
     ) -> None:
         super().__init__()

@@ -1019,8 +1019,8 @@ TABLE = {
             "``ridge`` is negative": refused("ridge", -0.1, -math.inf),
             "not finite": refused("ridge", math.nan, math.inf, 10**400, *NO_NUMBERS),
             "``method`` is neither of the two": refused("method", "lu", 3, np.ones(2)),
-            "comes with an ``inverse``": [
-                ("method='newton' has no meaning with inverse", given(method="newton", inverse=lambda a, **_: a))
+            'is "direct" beside an ``inverse``': [
+                ("method='direct' has no meaning with inverse", given(method="direct", inverse=lambda a, **_: a))
             ],
             "that returns an array of another shape": [
                 ("inverse returned the shape (2, 3) for matrices of shape (3, 3)", given(inverse=lambda a, **_: a[:2]))
@@ -1212,7 +1212,7 @@ TABLE = {
             "``ridge`` is negative": refused("ridge", -0.1),
             "not finite": refused("ridge", math.nan, math.inf, 10**400, *NO_NUMBERS),
             '``method`` is neither "newton" nor "direct"': refused("method", "lu", 3),
-            "comes with an ``inverse``": [
+            'is "direct" beside an ``inverse``': [
                 ("method='direct' has no meaning with inverse", given(method="direct", inverse=lambda a, **_: a))
             ],
         },

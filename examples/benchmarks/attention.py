@@ -29,12 +29,13 @@ import argparse
 import ctypes
 import importlib.util
 import json
+import math
 import multiprocessing
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -105,7 +106,7 @@ def null_key(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
 
 # Softmax-free attention on given landmarks, by name: q, v, z -> k(q, z) A⁺ k(z, q) v.
 ROUTES = {"lowrank": partial(softmax_free_attention, ridge=RIDGE), "null key": null_key, "textbook": textbook}
-ROUTES["Newton"] = partial(softmax_free_attention, ridge=RIDGE, method="newton")
+ROUTES["direct"] = partial(softmax_free_attention, ridge=RIDGE, method="direct")
 
 
 def on_landmarks(route: Callable, q: Tensor, v: Tensor) -> Tensor:
@@ -197,6 +198,15 @@ def error(name: str, method: Callable, inputs: tuple[Tensor, ...], backward: boo
         return None
     exact = call(partial(plain, name), tuple(x.double() for x in inputs), backward)
     return max(map(apart, call(method, inputs, backward), exact))
+
+
+def attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object) -> int:
+    """Of scaled_dot_product_attention, from the shapes."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+# For torch's counter, of whose releases not all count it on a CPU.
+ALSO_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
 
 
 def peak(run: Callable[[], object], device: str) -> int:

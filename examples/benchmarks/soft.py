@@ -18,7 +18,7 @@ no other; on a CPU every model is in a process of its own, as it will be for who
 that the largest model frees stays there and spares all others, and itself, what the system takes for new memory.
 Batches hold as many pixels as the first size's, at least one image. Memory is what one call, weights and gradients
 being there, adds to the resident set of a fresh process that has run the model on a small image before, or on CUDA to
-the bytes torch has allocated. GMACs are torch's count of the forward pass, of one image, and what it leaves out.
+the bytes torch has allocated. GMACs are torch's count of the forward pass, of one image.
 Ratios, of medians and of least times, are the literal's time over that of the row. A method stops where its next call
 is expected, from its GMACs, to exceed --budget or --memory. The table goes to stdout, all else to stderr.
 """
@@ -31,7 +31,7 @@ import itertools
 import math
 import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -40,7 +40,7 @@ import matplotlib
 import timm
 import torch
 import torch.nn.functional as F
-from attention import PASSES, PublishedInverse, apart, peak, published_block, setting, timed, write
+from attention import ALSO_COUNTED, PASSES, PublishedInverse, apart, peak, published_block, setting, timed, write
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -242,26 +242,6 @@ def agreement(size: int) -> dict[str, float]:
 
 
 # The measurement.
-
-
-def cholesky_flops(a: Sequence[int], *_: object, **__: object) -> int:
-    return math.prod(a) * a[-1] // 3
-
-
-def cholesky_solve_flops(b: Sequence[int], a: Sequence[int], *_: object, **__: object) -> int:
-    return 2 * math.prod(b) * a[-1]
-
-
-def attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object) -> int:
-    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
-
-
-# What torch does not count, or not in every release.
-ALSO_COUNTED = {
-    torch.ops.aten.linalg_cholesky_ex: cholesky_flops,
-    torch.ops.aten._cholesky_solve_helper: cholesky_solve_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-}
 
 
 def gmacs(name: str, size: int) -> float:
