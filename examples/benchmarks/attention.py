@@ -1,10 +1,11 @@
-"""Time, memory and error of attention against the number of tokens, from 256 to 2²⁰, for seven kinds of attention.
+"""Time, memory and error of attention against the number of tokens, from 256 to 2²⁰, for eight kinds of attention.
 
 lowrank        ``softmax_free_attention`` with 49 landmarks, the means of 49 segments, which are part of the call.
 null key       The same by two calls of torch's scaled_dot_product_attention with one key more: the way of
                ``queries=``, here the keys themselves.
 textbook       The same formula as it is usually written (Lu et al., NeurIPS 2021, as released): three products for
                each block of distances, 20 Newton steps with −XᵀGXᵀ for the gradient, then (C·A⁺)·(Cᵀv).
+direct         ``lowrank`` with ``method="direct"``: a Cholesky factor solves with the core.
 Gaussian       All of k(q, q) v, by ``gaussian_matmul``.
 softmax        torch's scaled_dot_product_attention.
 Nyströmformer  transformers' NystromformerSelfAttention with its default 64 landmarks, without its convolution. Its
