@@ -66,6 +66,17 @@ def test_derivatives_against_differences_once_and_twice(rows):
     assert torch.autograd.gradgradcheck(mlp._ByRows.apply, (x, *weights, True))
 
 
+def test_many_cotangents_at_once(rows):
+    ours, theirs = pair()
+    some = tokens(3, 8)
+    found, expected = (
+        torch.autograd.grad(module(tokens(8)), module.parameters(), some, is_grads_batched=True)
+        for module in (ours, theirs)
+    )
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize("frozen", ["fc1", "fc2"])
 def test_frozen_layers_have_no_gradient(frozen, rows):
     ours, theirs = pair()

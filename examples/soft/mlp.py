@@ -1,4 +1,4 @@
-"""The MLP of a block, on a CPU by rows of tokens, so that its hidden layer is never stored.
+"""The MLP of a block, on a CPU by rows of tokens, so that its hidden layer is stored once, or not at all.
 
 The hidden layer is four times as wide as the tokens: to write it, its activation and their gradients to memory takes as
 long as the products, and torch's tanh-GELU four to five times as long as a tanh. By rows, all of it stays in the cache
@@ -83,7 +83,7 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         *inputs, u = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_traced(g):
             return _ByRows.differentiable_backward(ctx, g)
         x, w1, b1, w2, _ = inputs
         x_bar, g = x.new_empty(x.shape), g.contiguous()
@@ -106,13 +106,13 @@ class _ByRows(torch.autograd.Function):
 
     @staticmethod
     def differentiable_backward(ctx, g):
-        """By the formula, to be differentiated again."""
+        """By the formula, to be differentiated again or for many cotangents at once."""
         *inputs, _ = ctx.saved_tensors
         x, w1, b1, w2, b2 = inputs
         with torch.enable_grad():
             out = F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
         wanted = [y for y, wants in zip(inputs, ctx.needs_input_grad, strict=False) if wants]
-        found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
+        found = iter(torch.autograd.grad(out, wanted, g, create_graph=torch.is_grad_enabled()))
         return tuple(next(found) if wants else None for wants in ctx.needs_input_grad)
 
 

@@ -106,14 +106,11 @@ class PatchEmbed(nn.Sequential):
 
     def forward(self, image: Tensor) -> Tensor:
         image = image.contiguous(memory_format=torch.channels_last)
-        count = max(1, self.PIXELS // math.prod(image.shape[2:]))
-        whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if (
-            whole
-            or any(layer.training or has_hooks(layer) for layer in self)
-            or image.device.type != "cpu"
-            or len(image) <= count
-        ):
+        counted = any(layer.training or has_hooks(layer) for layer in self)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or image.device.type != "cpu" or counted:
+            return super().forward(image)
+        count = max(1, self.PIXELS // max(1, math.prod(image.shape[2:])))
+        if len(image) <= count:
             return super().forward(image)
         return torch.cat([super(PatchEmbed, self).forward(images) for images in image.split(count)])
 
