@@ -7,8 +7,8 @@ the result X = C w, a cotangent G of it, and H = C ∘ (G wᵀ + v σ̄ᵀ), the
     q̄ = s² (H z − diag(H1) q),   z̄ = s² (Hᵀ q − diag(Hᵀ1) z),
 
 with q and z from any common origin; here it is near the landmarks (``centre``). Per entry of C that is d + 2e products
-and an exponential forward, 3d + 4e and an exponential back. Where the points of a batch element need more than one
-block every block is computed twice, for w has to be known before X.
+and an exponential forward, 3d + 4e and an exponential back. w has to be known before X: where the points of a batch
+element need more blocks than are kept, the others are computed twice.
 
 An inverse M of P that carries rounding errors gives w with an error of cond(P)·eps of ‖M‖‖σ‖, while w itself is much
 smaller: σ is smooth, and M is large where A has its small eigenvalues. Where P is given, w solves P w = σ, by two
@@ -42,8 +42,11 @@ from lowrank._array import (
 from lowrank.kernels import _expanded_squared_distances, _slices
 
 # Entries of a block of C. It is written once and read by two to six operations: with up to 2²⁰ entries it stays in the
-# cache, and a block that holds all tokens is computed once instead of twice. A GPU wants few and large operations.
+# cache. A GPU wants few and large operations.
 _CPU_ENTRIES, _GPU_ENTRIES = 2**20, 2**25
+# Blocks that are kept until C is needed again: to read one takes a third of the time of computing it. Four of a CPU's
+# are 16 MiB in float32.
+_CPU_BLOCKS, _GPU_BLOCKS = 4, 1
 
 # Each correction multiplies the error of w by I − MP once more: where that is eps^⅓, two leave eps. The derivative that
 # a library takes of the corrections, M held fixed, has the error 3‖I − MP‖², and that of ``backward`` the error of w.
@@ -101,15 +104,13 @@ def forward(
     memory = _Memory(q, xp)
     for group, blocks in _groups(q, z):
         z_, v_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, v, core, system, centre))
-        block = _block_maker(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, memory, xp)
+        block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, memory, xp)
         sigma = None
         for rows in blocks:
-            c = block(rows, memory.take("x", (*v_[:, rows, 0].shape, q.shape[-1])))
-            sigma = _plus(sigma, xp.matrix_transpose(c), v_[:, rows, :], xp)
+            sigma = _plus(sigma, xp.matrix_transpose(block.at(rows)), v_[:, rows, :], xp)
         w = applied(core_, system_, sigma)
-        for rows in blocks:
-            c = c if len(blocks) == 1 else block(rows, memory.take("x", (*v_[:, rows, 0].shape, q.shape[-1])))
-            _put_product(out, group, rows, c, w, "x", memory, xp)
+        for rows in reversed(blocks):
+            _put_product(out, group, rows, block.at(rows), w, "x", memory, xp)
         _put(sums, group, slice(None), sigma, xp)
         _put(weights, group, slice(None), w, xp)
     return out, sums, weights
@@ -135,19 +136,18 @@ def backward(
         z_, v_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, v, core, system, centre))
         sigma, w, g_ = (_flat(x, group, xp) for x in (sums, weights, g))
         z_ = z_ - c_
-        block = _block_maker(q[(*group, ...)], z_, centre[(*group, ...)], scale, memory, xp)
+        block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, memory, xp)
         w_bar = None
         for rows in blocks:
-            x = _room(q_bar, group, rows, "x", memory, xp)
-            c = block(rows, x)
-            w_bar = _plus(w_bar, xp.matrix_transpose(c), g_[:, rows, :], xp)
+            x = block.points(rows, _room(q_bar, group, rows, "x", memory, xp))
+            w_bar = _plus(w_bar, xp.matrix_transpose(block.at(rows, x)), g_[:, rows, :], xp)
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
         sigma_bar = applied(xp.matrix_transpose(core_) if system_ is None else core_, system_, w_bar)
         from_q = None
-        for rows in blocks:
+        for rows in reversed(blocks):
             if len(blocks) > 1:
-                x = _room(q_bar, group, rows, "x", memory, xp)
-                c = block(rows, x)
+                x = block.points(rows, _room(q_bar, group, rows, "x", memory, xp))
+            c = block.at(rows, x)
             _put_product(v_bar, group, rows, c, sigma_bar, "h", memory, xp)
             h = xp.matmul(g_[:, rows, :], xp.matrix_transpose(w), out=memory.take("h", c.shape))
             h = add_product(h, v_[:, rows, :], xp.matrix_transpose(sigma_bar), xp, out=h)
@@ -199,31 +199,47 @@ class _Memory:
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
         size = math.prod(shape)
-        stays = name in ("c", "x") and size <= _CPU_ENTRIES
+        stays = name in ("c", "x") and size <= _CPU_BLOCKS * _CPU_ENTRIES
         blocks, key = self.of_thread if stays else self.of_call, (name, *self.about)
         if key not in blocks or blocks[key].shape[0] < size:
             blocks[key] = self.new(size)
         return self.xp.reshape(blocks[key][:size], shape)
 
 
-def _block_maker(
-    q: Array, z: Array, centre: Array, scale: float, memory: _Memory, xp: Namespace
-) -> Callable[[slice, Array], Array]:
-    """(rows, x) ↦ C there, until the next block is asked for, and q − centre in x, of landmarks that are centred and
-    have their batch elements on one axis, as C and x have; those of q and centre are on two, as they lie in memory."""
-    s2 = scale * scale
-    z_t = xp.matrix_transpose(z)
-    half_z = -0.5 * s2 * xp.sum(z * z, axis=-1)[..., None, :]
+class _Blocks:
+    """Blocks of C for some points of two batch axes, as they lie in memory, and landmarks of one, which are centred."""
 
-    def block(rows: slice, x: Array) -> Array:
-        points = q[:, :, rows, :]
-        xp.subtract(points, centre, out=xp.reshape(x, points.shape))
-        c = memory.take("c", (*x.shape[:-1], z.shape[-2]))
-        add_product(half_z, x, z_t, xp, alpha=s2, out=c)
-        accumulate(c, xp.linalg.vector_norm(x, axis=-1, keepdims=True) ** 2, -0.5 * s2)
-        return exp_of_negative(c, xp)
+    def __init__(
+        self, q: Array, z: Array, centre: Array, scale: float, blocks: list[slice], memory: _Memory, xp: Namespace
+    ) -> None:
+        self.q, self.centre, self.memory, self.xp = q, centre, memory, xp
+        self.s2, self.z_t = scale * scale, xp.matrix_transpose(z)
+        self.half_z = -0.5 * self.s2 * xp.sum(z * z, axis=-1)[..., None, :]
+        # One place for each block, but the last for all that find none of their own.
+        self.rows = blocks[0].stop if blocks else 0
+        places = max(1, min(len(blocks), _CPU_BLOCKS if is_on_cpu(q) else _GPU_BLOCKS))
+        self.places = memory.take("c", (places, z.shape[0] * self.rows * z.shape[-2]))
+        self.held: list[slice | None] = [None] * places
 
-    return block
+    def points(self, rows: slice, out: Array) -> Array:
+        """The points q − centre, their batch elements on one axis, in the memory of ``out``."""
+        points = self.q[:, :, rows, :]
+        self.xp.subtract(points, self.centre, out=self.xp.reshape(out, points.shape))
+        return out
+
+    def at(self, rows: slice, x: Array | None = None) -> Array:
+        """C there, of the points x or those that are there; until a block that takes its place is asked for."""
+        place = min(rows.start // self.rows, len(self.held) - 1)
+        batch, count, m = self.z_t.shape[0], rows.stop - rows.start, self.z_t.shape[-1]
+        c = self.xp.reshape(self.places[place, : batch * count * m], (batch, count, m))
+        if self.held[place] != rows:
+            if x is None:
+                x = self.points(rows, self.memory.take("x", (batch, count, self.z_t.shape[-2])))
+            add_product(self.half_z, x, self.z_t, self.xp, alpha=self.s2, out=c)
+            accumulate(c, self.xp.linalg.vector_norm(x, axis=-1, keepdims=True) ** 2, -0.5 * self.s2)
+            exp_of_negative(c, self.xp)
+            self.held[place] = rows
+        return c
 
 
 def _flat(x: Any, group: tuple[slice, slice], xp: Namespace) -> Any:

@@ -23,9 +23,7 @@ from lowrank._attend import gaussian_block
 from lowrank._torch_attention import gaussian_product
 from lowrank.attention import _check_options, softmax_free_attention
 
-# What differs between sequences and images.
 _CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d}
-_POOLING = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d}
 
 
 class SoftmaxFreeAttention(nn.Module):
@@ -263,24 +261,22 @@ class SoftmaxFreeAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Queries and landmarks, both times d^¼, (B, heads, N, d) and (B, heads, m, d) of one dtype, and which of these
         there are for each element, (B, m), where a mask makes that a question."""
-        q = self._split_heads(self.query(x))  # (B, heads, N, d)
-        batch, heads, _, d = q.shape
-        z = q.reshape(batch * heads, *size, d).movedim(-1, 1)  # (B·heads, d, H, W)
-        if self.stride is not None:
-            z = self.landmark_conv(z)  # (B·heads, d, H/r, W/r)
+        q = self.query(x)  # (B, N, dim)
+        image, stride = q.unflatten(1, size), self.stride or 1
         cells = None if mask is None else self._whole_cells(mask.unflatten(1, size))  # (B, H/r, W/r)
         if self.grid is not None:
-            # Before the norm, which restores the spread that averaging takes away. Never to a finer grid:
+            # Before the norm, which restores the spread that averaging takes away, and before the convolution, which
+            # is linear and of a grid costs as much for a large image as for a small one. Never to a finer grid:
             # repeated landmarks add nothing but a singular core. (Not min(g, n): in a program compiled for sizes of
             # every kind that is a formula, while the core's schedule needs g, a number.)
-            grid = tuple(g if g <= n else n for g, n in zip(self.grid, z.shape[2:], strict=True))
-            if cells is None and all(isinstance(n, int) for n in z.shape[2:]):
-                z = _POOLING[self.spatial_dims](z, grid)
-            else:
-                # Where sizes are symbols of a traced program as well: exporters write pooling down for one size alone.
-                counted = cells if cells is not None else z.new_ones((batch, *z.shape[2:]), dtype=torch.bool)
-                z, counted = _pooled(z.unflatten(0, (batch, heads)), counted, grid)
-                z, cells = z.flatten(0, 1), None if cells is None else counted
+            lengths = tuple(n // stride for n in size)
+            grid = tuple(g if g <= n else n for g, n in zip(self.grid, lengths, strict=True))
+            image, cells = _pooled(image, cells, grid, stride)
+        q = self._split_heads(q)  # (B, heads, N, d)
+        batch, heads, _, d = q.shape
+        z = image.unflatten(-1, (heads, d)).movedim((-2, -1), (1, 2)).flatten(0, 1)  # (B·heads, d, H, W)
+        if self.stride is not None:
+            z = self.landmark_conv(z)  # (B·heads, d, H/r, W/r)
         z = z.flatten(2).transpose(1, 2)  # (B·heads, m, d)
         if self.stride is not None:
             # The division by d^¼ is left to the kernel's lengthscale, but for the norm, whose eps is a length.
@@ -465,20 +461,49 @@ def _listed(size: tuple[int, ...]) -> str:
     return " × ".join(map(str, size))
 
 
-def _pooled(z: Tensor, cells: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Adaptive average pooling of the cells that count: of z (B, heads, d, *L), with cells (B, *L), to ``grid`` along
-    the axes *L; and which of the means exist, (B, *grid). The others are zero."""
-    working = torch.promote_types(z.dtype, torch.float32)  # in which a sum does not overflow and a count is exact
-    counts = cells[:, None, None].to(working)  # (B, 1, 1, *L)
-    sums = torch.where(cells[:, None, None], z, 0).to(working)
-    with arithmetic(z):
-        for k, g in enumerate(grid):
-            across = [axis for axis in range(1, cells.ndim) if axis != k + 1]
-            present = cells.any(across) if across else cells  # (B, L_k)
+def _pooled(image: Tensor, cells: Tensor | None, grid: tuple[int, ...], r: int) -> tuple[Tensor, Tensor | None]:
+    """Adaptive average pooling to ``grid`` cells of an image (B, *L·r, C) of *L cells, r tokens long along each axis,
+    and of what is less than a cell at its ends: to (B, *grid·r, C), each token the mean of those at its place in cells
+    that count, all or those of (B, *L); and which of the means exist, (B, *grid), if that is a question. The others are
+    zero."""
+    lengths = [n // r for n in image.shape[1:-1]]
+    if cells is None and not is_traced(image):
+        for axis, (n, g) in enumerate(zip(lengths, grid, strict=True), 1):
+            if g < n:
+                # As an image of one column whose channels are last in memory, as they are.
+                column = _by_cells(image.narrow(axis, 0, n * r), axis, r).flatten(0, 1).unsqueeze(2).movedim(-1, 1)
+                means = F.adaptive_avg_pool2d(column, (g, 1)).movedim(1, -1)
+                image = means.reshape(*image.shape[:axis], g * r, *image.shape[axis + 1 :])
+        return image, None
+    # In traced programs as well: exporters write pooling down, and compilers a crop, for one size alone.
+    counted = image.new_ones((image.shape[0], *lengths), dtype=torch.bool) if cells is None else cells
+    working = torch.promote_types(image.dtype, torch.float32)  # in which a sum does not overflow and a count is exact
+    sums, counts, here = image.to(working), counted.unsqueeze(-1).to(working), counted.unsqueeze(-1)
+    for axis, n in enumerate(lengths, 1):
+        sums, here = sums.narrow(axis, 0, n * r), here.repeat_interleave(r, axis)
+    sums = torch.where(here, sums, 0)
+    with arithmetic(image):
+        for axis, g in enumerate(grid, 1):
+            across = [other for other in range(1, counted.ndim) if other != axis]
+            present = counted.any(across) if across else counted  # (B, L_k)
             segments = _segments(present, g).to(working)  # (B, g, L_k)
-            # The first of *L gives way to a last axis, so that they come round in their order.
-            sums, counts = (torch.einsum("bhdl...,bgl->bhd...g", y, segments) for y in (sums, counts))
-    return (sums / counts.clamp(min=1)).to(z.dtype), counts[:, 0, 0] > 0
+            sums, counts = (_added(y, axis, k, segments) for y, k in ((sums, r), (counts, 1)))
+    there = counts
+    for axis in range(1, counted.ndim):
+        there = there.repeat_interleave(r, axis)
+    return (sums / there.clamp(min=1)).to(image.dtype), None if cells is None else counts.squeeze(-1) > 0
+
+
+def _by_cells(image: Tensor, axis: int, r: int) -> Tensor:
+    """(B, *before, L·r, *after) -> (B, before, L, r·after)."""
+    before, after = math.prod(image.shape[1:axis]), math.prod(image.shape[axis + 1 :])
+    return image.reshape(image.shape[0], before, image.shape[axis] // r, r * after)
+
+
+def _added(image: Tensor, axis: int, r: int, segments: Tensor) -> Tensor:
+    """Sums of cells of r along an axis, those of each of (B, g, L)."""
+    sums = torch.einsum("bpls,bgl->bpgs", _by_cells(image, axis, r), segments)
+    return sums.reshape(*image.shape[:axis], segments.shape[1] * r, *image.shape[axis + 1 :])
 
 
 def _segments(present: Tensor, count: int) -> Tensor:

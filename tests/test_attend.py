@@ -407,4 +407,4 @@ def test_no_more_is_kept_than_some_blocks():
     with ThreadPoolExecutor(1) as pool:
         sizes = pool.submit(kept).result()
     assert 0 < len(sizes) <= 2
-    assert max(sizes.values()) <= 2**20 < 3000 * 600
+    assert max(sizes.values()) <= _attend._CPU_BLOCKS * _attend._CPU_ENTRIES
