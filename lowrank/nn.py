@@ -272,18 +272,16 @@ class SoftmaxFreeAttention(nn.Module):
             lengths = tuple(n // stride for n in size)
             grid = tuple(g if g <= n else n for g, n in zip(self.grid, lengths, strict=True))
             image, cells = _pooled(image, cells, grid, stride)
-        q = self._split_heads(q)  # (B, heads, N, d)
-        batch, heads, _, d = q.shape
-        z = image.unflatten(-1, (heads, d)).movedim((-2, -1), (1, 2)).flatten(0, 1)  # (B·heads, d, H, W)
-        if self.stride is not None:
-            z = self.landmark_conv(z)  # (B·heads, d, H/r, W/r)
-        z = z.flatten(2).transpose(1, 2)  # (B·heads, m, d)
-        if self.stride is not None:
+        heads, d = self.num_heads, self.head_dim
+        if self.stride is None:
+            z = image.flatten(1, -2).unflatten(-1, (heads, d))  # (B, m, heads, d)
+        else:
             # The division by d^¼ is left to the kernel's lengthscale, but for the norm, whose eps is a length.
             scale = d**-0.25
-            z = F.gelu(self.landmark_norm(z * scale)) / scale
+            z = F.gelu(self.landmark_norm(self._convolved_cells(image) * scale)) / scale
         # Under autocast the norm answers in fp32; C and A must see the same, queries' precision.
-        z = z.reshape(batch, heads, z.shape[1], d).to(q.dtype)
+        z = z.transpose(1, 2).to(q.dtype).contiguous()  # (B, heads, m, d)
+        q = self._split_heads(q)  # (B, heads, N, d)
         return q, z, None if cells is None else cells.flatten(1)
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -301,6 +299,18 @@ class SoftmaxFreeAttention(nn.Module):
         filters = weight.repeat_interleave(self.head_dim, dim=0)  # (dim, 1, k, k)
         image = F.conv2d(image, filters, padding=[k // 2 for k in weight.shape[2:]], groups=self.dim)
         return image.movedim(1, -1).flatten(1, 2)  # (B, N, dim)
+
+    def _convolved_cells(self, image: Tensor) -> Tensor:
+        """The convolution of the landmarks, of an image (B, H, W, dim): (B, m, heads, d), m = ⌊H/r⌋·⌊W/r⌋.
+
+        Its cells do not overlap: it is a product with what they hold. Heads as so many images of a strided convolution
+        take two to three times as long on a CPU.
+        """
+        for axis in range(1, image.ndim - 1):
+            image = image.unfold(axis, self.stride, self.stride)
+        cells = image.unflatten(self.spatial_dims + 1, (self.num_heads, self.head_dim))  # (B, *L, heads, d, *r)
+        cells = cells.movedim(self.spatial_dims + 2, -1).flatten(self.spatial_dims + 2).flatten(1, self.spatial_dims)
+        return F.linear(cells, self.landmark_conv.weight.movedim(1, -1).flatten(1))
 
     def _whole_cells(self, mask: Tensor) -> Tensor:
         """Which cells of the convolution, or tokens without one, count: mask (B, H, W) -> (B, H/r, W/r)."""

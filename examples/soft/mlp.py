@@ -1,8 +1,9 @@
 """The MLP of a block, on a CPU by rows of tokens, so that its hidden layer is stored once, or not at all.
 
 The hidden layer is four times as wide as the tokens: to write it, its activation and their gradients to memory takes as
-long as the products, and torch's tanh-GELU four to five times as long as a tanh. By rows, all of it stays in the cache
-but for what enters the activation, which is kept for the way back.
+long as the products. By rows, all of it stays in the cache but for what enters the activation, which is kept for the
+way back. The activation is computed from a sigmoid, (1 + tanh y)/2 = σ(2y), in a quarter to a half of the time of a
+tanh, and without its cancellation where y is far below 0.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from lowrank._array import is_traced, is_transformed
 
-# GELU(u) = u(1 + tanh(βu + βγu³))/2 (D. Hendrycks & K. Gimpel, arXiv 1606.08415, section 2).
-_BETA, _GAMMA = math.sqrt(2 / math.pi), 0.044715
+# GELU(u) = u(1 + tanh(βu/2 + βγu³/2))/2 = uσ(βu + βγu³) (D. Hendrycks & K. Gimpel, arXiv 1606.08415, section 2).
+_BETA, _GAMMA = 2 * math.sqrt(2 / math.pi), 0.044715
 # Rows of tokens that are taken at a time.
 ROWS = 1024
 
@@ -71,12 +72,12 @@ class _ByRows(torch.autograd.Function):
         rows, out = x.flatten(0, -2), x.new_empty(x.shape)
         keeps = recorded and any(ctx.needs_input_grad)
         u = x.new_empty(len(rows) if keeps else min(ROWS, len(rows)), len(b1))
-        t, beta = x.new_empty(ROWS, len(b1)), x.new_tensor(_BETA)
+        h, beta = x.new_empty(ROWS, len(b1)), x.new_tensor(_BETA)
         for i, (x_, out_) in enumerate(zip(rows.split(ROWS), out.flatten(0, -2).split(ROWS), strict=True)):
             u_ = u[i * ROWS if keeps else 0 :][: len(x_)]
             torch.addmm(b1, x_, w1.T, out=u_)
-            t_ = _tanh(u_, beta, out=t[: len(x_)])
-            torch.addmm(b2, torch.addcmul(u_, u_, t_, out=t_), w2.T, alpha=0.5, out=out_)
+            h_ = _sigmoid(u_, beta, out=h[: len(x_)]).mul_(u_)
+            torch.addmm(b2, h_, w2.T, out=out_)
         ctx.save_for_backward(x, w1, b1, w2, b2, u if keeps else None)
         return out
 
@@ -91,17 +92,17 @@ class _ByRows(torch.autograd.Function):
         blocks, beta = [x.new_empty(ROWS, len(b1)) for _ in range(3)], x.new_tensor(_BETA)
         for x_, u_, g_, x_bar_ in zip(*(y.flatten(0, -2).split(ROWS) for y in (x, u, g, x_bar)), strict=True):
             t, h, s = (y[: len(x_)] for y in blocks)
-            torch.addcmul(u_, u_, _tanh(u_, beta, out=t), out=h)
-            w2_bar.addmm_(g_.T, h, alpha=0.5)
-            # 2 GELU′(u) = 1 + t + u(1 − t²)β(1 + 3γu²), with h = u(1 + t).
+            torch.mul(u_, _sigmoid(u_, beta, out=t), out=h)
+            w2_bar.addmm_(g_.T, h)
+            # GELU′(u) = σ + uσ(1 − σ)β(1 + 3γu²).
             torch.addcmul(h, h, t, value=-1, out=h)
             torch.addcmul(beta, u_, u_, value=3 * _BETA * _GAMMA, out=s)
             torch.addcmul(t, h, s, out=t)
             torch.mm(g_, w2, out=h)
-            u_bar = torch.addcmul(h, h, t, out=h)  # twice the cotangent of u
-            w1_bar.addmm_(u_bar.T, x_, alpha=0.5)
-            b1_bar.add_(u_bar.sum(0), alpha=0.5)
-            torch.addmm(x_, u_bar, w1, beta=0, alpha=0.5, out=x_bar_)
+            u_bar = torch.mul(h, t, out=h)
+            w1_bar.addmm_(u_bar.T, x_)
+            b1_bar.add_(u_bar.sum(0))
+            torch.mm(u_bar, w1, out=x_bar_)
         return x_bar, w1_bar, b1_bar, w2_bar, g.flatten(0, -2).sum(0), None
 
     @staticmethod
@@ -116,6 +117,6 @@ class _ByRows(torch.autograd.Function):
         return tuple(next(found) if wants else None for wants in ctx.needs_input_grad)
 
 
-def _tanh(u: Tensor, beta: Tensor, out: Tensor) -> Tensor:
-    """tanh(βu + βγu³)."""
-    return torch.addcmul(beta, u, u, value=_BETA * _GAMMA, out=out).mul_(u).tanh_()
+def _sigmoid(u: Tensor, beta: Tensor, out: Tensor) -> Tensor:
+    """σ(βu + βγu³)."""
+    return torch.addcmul(beta, u, u, value=_BETA * _GAMMA, out=out).mul_(u).sigmoid_()
