@@ -20,6 +20,7 @@ from lowrank._array import (
     add_to_diagonal,
     device,
     from_host,
+    identity,
     is_traced,
     matrix_transpose_conj,
     real_dtype,
@@ -30,6 +31,7 @@ from lowrank._newton import (
     Work,
     all_true,
     apply,
+    apply_residual,
     as_matrices,
     first_polynomial,
     frobenius,
@@ -95,20 +97,22 @@ def _approximation(a: Array, *, ridge: float, upper: Any, tol: float, xp: Namesp
 
     Not made Hermitian: rounding leaves errors of κ·eps in XP, but of κ²·eps in PX.
     """
-    p = add_to_diagonal(xp.asarray(a, copy=True), ridge, xp)
+    batch = a.shape[:-2]
+    a = xp.reshape(a, (-1, *a.shape[-2:]))  # for sums in the pass of a product
     # What is beyond these numbers is beyond any arithmetic, and has no logarithm.
     condition, tol = min(1 + upper / ridge, _LARGEST), max(tol, _SMALLEST)
     chosen = definite_plan(_CLASS ** math.ceil(math.log(condition, _CLASS)), tol)
     first, *others = chosen.steps
-    c = first.scale / (upper + ridge)
-    x = first_polynomial(first, c, p, p @ p, xp)
-    x *= c
+    c, eye = first.scale / (upper + ridge), identity(a, xp)[None, ...]
+    p = a + ridge * eye
+    x = polynomial(eye - c * p, first.coefficients, xp, factor=c)
     for step in others:
-        x = apply(step, x, x @ p, xp)
-    zero = xp.zeros(p.shape[:-2], dtype=real_dtype(p, xp), device=device(p))
+        x = apply_residual(step, x, add_product(eye, x, p, xp, alpha=-step.scale), xp)
+    valid = xp.reshape(_inverts(x, p, xp, tol), batch)
+    x = xp.reshape(x, (*batch, *x.shape[-2:]))
+    zero = xp.zeros(batch, dtype=real_dtype(p, xp), device=device(p))
     figures = len(chosen.steps), chosen.products + 1, max(1 - chosen.low, chosen.high - 1)
     steps, products, bound = (zero + float(v) for v in figures)
-    valid = _inverts(x, p, xp, tol)
     return or_nan(valid, x, xp), Work(steps, products, bound, zero, valid)
 
 

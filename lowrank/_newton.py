@@ -147,7 +147,8 @@ def polynomial(
 ) -> Array:
     """factor·Σ cₖRᵏ of degree 1, 2, 4 or 8, in 0, 1, 2 or 3 products; one less where R² is given."""
     if len(c) == 2:
-        return add_to_diagonal((factor * c[1]) * r, factor * c[0], xp)
+        s = (factor * c[1]) * r
+        return add_to_diagonal(s, factor * c[0], xp) if c[0] else s
     y = r @ r if square is None else square
     if len(c) == 3:
         s = accumulate((factor * c[1]) * r, y, factor * c[2])
@@ -161,7 +162,7 @@ def polynomial(
         outer = factor * c[8]
         s = add_product(y, add_to_diagonal(left, form.delta, xp), right, xp, beta=form.phi * outer, alpha=outer)
         s = accumulate(s, r, factor * c[1])
-    return add_to_diagonal(s, factor * c[0], xp)
+    return add_to_diagonal(s, factor * c[0], xp) if c[0] else s
 
 
 def _complement(e: Array, scale: float, xp: Namespace) -> Array:
@@ -182,8 +183,14 @@ def textbook_steps(x: Array, a: Array, steps: int, xp: Namespace) -> Array:
 
 def apply(step: Step, x: Array, e: Array, xp: Namespace) -> Array:
     """X ← sS(R)X with R = I − sE."""
-    r = _complement(e, step.scale, xp)
-    return polynomial(r, step.coefficients, xp, factor=step.scale) @ x
+    return apply_residual(step, x, _complement(e, step.scale, xp), xp)
+
+
+def apply_residual(step: Step, x: Array, r: Array, xp: Namespace) -> Array:
+    """X ← sS(R)X."""
+    c0, *others = step.coefficients
+    s = polynomial(r, (0.0, *others), xp, factor=step.scale)
+    return add_product(x, s, x, xp, beta=step.scale * c0)
 
 
 def first_polynomial(step: Step, c: Array, g: Array, square: Array, xp: Namespace) -> Array:
