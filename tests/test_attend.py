@@ -7,6 +7,7 @@ import array_api_compat
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank import _attend, pinv, pinv_newton, softmax_free_attention
 from lowrank import attention as room
@@ -75,6 +76,25 @@ def test_numpy_blocks_agree_with_the_formula(solves, entries):
     xp = array_api_compat.array_namespace(given[0])
     ours, expected = (way(*given, 0.7, xp) for way in (room._attended, _attend.plain))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e3 * np.finfo(float).eps * np.max(np.abs(expected)))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("rows", "again"), [(40, 0), (10, 0), (8, 8), (4, 24), (1, 36)])
+def test_what_is_kept_is_not_computed_again(rows, again, backward, monkeypatch):
+    """Of 40 points those of three blocks, and of the last, whose turn comes again at once, are computed once."""
+    q, z, v, _, system, centre = arrays(batch=(1, 1), n=40, solves=True)
+    n, m, d, e = 40, 7, 5, 4
+    monkeypatch.setattr(_attend, "_CPU_ENTRIES", rows * m)
+    core, counter = torch.linalg.inv(system), FlopCounterMode(display=False)
+    out, sums, weights = _attend.forward(q, z, v, core, None, centre, 1.0, XP)
+    with counter:
+        if backward:
+            _attend.backward(q, z, v, core, None, centre, 1.0, sums, weights, out, XP)
+        else:
+            _attend.forward(q, z, v, core, None, centre, 1.0, XP)
+    distances, others = (n + again) * d, n * (2 * d + 4 * e if backward else 2 * e)
+    cores = m * m * e + (m * m * e if backward else 0)  # w or σ̄, and M̄
+    assert counter.get_total_flops() == 2 * (m * (distances + others) + cores)
 
 
 def test_batch_axes_broadcast(entries):

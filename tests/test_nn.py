@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank.nn import SoftmaxFreeAttention, gaussian_attention
 from lowrank.pinv import pinv_newton
@@ -173,6 +174,19 @@ def test_a_grid_as_fine_as_the_convolution_is_no_pooling():
     x = tokens(12, size=(8, 12))
     free, bounded = layer(stride=4), layer(stride=4, grid=(2, 3))
     assert torch.equal(free(x, (8, 12)), bounded(x, (8, 12)))
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2])
+def test_landmarks_of_a_grid_are_convolved_at_one_cost(spatial_dims):
+    def flops(length, **options):
+        size = (length,) * spatial_dims
+        with FlopCounterMode(display=False) as counter:
+            layer(grid=3, spatial_dims=spatial_dims, **options)(tokens(12, size=size), size)
+        return counter.get_total_flops()
+
+    # Two images of 3 heads of 4 channels: the convolution is 3^s cells of 4^s·4 × 4 products.
+    products = 2 * 3 * 3**spatial_dims * 4**spatial_dims * 4 * 4
+    assert [flops(length, stride=4) - flops(length) for length in (12, 24, 50)] == [2 * products] * 3
 
 
 @pytest.mark.parametrize(("stride", "grid", "expected"), [(4, None, 64), (4, 3, 9), (None, (2, 5), 10)])
