@@ -110,7 +110,7 @@ def forward(
             sigma = _plus(sigma, xp.matrix_transpose(block.at(rows)), v_[:, rows, :], xp)
         w = applied(core_, system_, sigma)
         for rows in reversed(blocks):
-            _put_product(out, group, rows, block.at(rows), w, "x", memory, xp)
+            _put_product(out, group, rows, block.at(rows), w, "x0", memory, xp)
         _put(sums, group, slice(None), sigma, xp)
         _put(weights, group, slice(None), w, xp)
     return out, sums, weights
@@ -139,15 +139,14 @@ def backward(
         block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, memory, xp)
         w_bar = None
         for rows in blocks:
-            x = block.points(rows, _room(q_bar, group, rows, "x", memory, xp))
+            x = block.points(rows, _room(q_bar, group, rows, block.name_of_points(rows), memory, xp))
             w_bar = _plus(w_bar, xp.matrix_transpose(block.at(rows, x)), g_[:, rows, :], xp)
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
         sigma_bar = applied(xp.matrix_transpose(core_) if system_ is None else core_, system_, w_bar)
         from_q = None
         for rows in reversed(blocks):
-            if len(blocks) > 1:
-                x = block.points(rows, _room(q_bar, group, rows, "x", memory, xp))
-            c = block.at(rows, x)
+            x = _room(q_bar, group, rows, block.name_of_points(rows), memory, xp)
+            c = block.at(rows, x if block.holds(rows) else block.points(rows, x))
             _put_product(v_bar, group, rows, c, sigma_bar, "h", memory, xp)
             h = xp.matmul(g_[:, rows, :], xp.matrix_transpose(w), out=memory.take("h", c.shape))
             h = add_product(h, v_[:, rows, :], xp.matrix_transpose(sigma_bar), xp, out=h)
@@ -162,13 +161,14 @@ def backward(
 
 
 def _groups(q: Array, z: Array) -> Iterator[tuple[tuple[slice, slice], list[slice]]]:
-    """Batch elements whose part of C is one block, or one element and the rows of its blocks."""
+    """Batch elements whose part of C is as many blocks as are kept, or one element, and the rows of the blocks."""
     batch, heads, n, _ = q.shape
-    most = max(1, (_CPU_ENTRIES if is_on_cpu(q) else _GPU_ENTRIES) // z.shape[-2])  # rows in a block
-    blocks = list(_slices(n, _share(n, most)))
-    for images in _slices(batch, max(1, most // (n * heads))):
-        for some_heads in _slices(heads, _share(heads, max(1, most // n))):
-            yield (images, some_heads), blocks
+    entries, kept = (_CPU_ENTRIES, _CPU_BLOCKS) if is_on_cpu(q) else (_GPU_ENTRIES, _GPU_BLOCKS)
+    most = max(1, entries // z.shape[-2])  # rows in a block, of all its batch elements
+    for images in _slices(batch, max(1, kept * most // (n * heads))):
+        for some_heads in _slices(heads, _share(heads, max(1, kept * most // n))):
+            elements = len(range(batch)[images]) * len(range(heads)[some_heads])
+            yield (images, some_heads), _slices(n, _share(n, max(1, most // elements)))
 
 
 def _share(total: int, most: int) -> int:
@@ -199,7 +199,7 @@ class _Memory:
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
         size = math.prod(shape)
-        stays = name in ("c", "x") and size <= _CPU_BLOCKS * _CPU_ENTRIES
+        stays = name != "h" and size <= _CPU_BLOCKS * _CPU_ENTRIES
         blocks, key = self.of_thread if stays else self.of_call, (name, *self.about)
         if key not in blocks or blocks[key].shape[0] < size:
             blocks[key] = self.new(size)
@@ -221,6 +221,16 @@ class _Blocks:
         self.places = memory.take("c", (places, z.shape[0] * self.rows * z.shape[-2]))
         self.held: list[slice | None] = [None] * places
 
+    def holds(self, rows: slice) -> bool:
+        """Whether C there, and with it the points, are as they were computed."""
+        return self.held[self._place(rows)] == rows
+
+    def name_of_points(self, rows: slice) -> str:
+        return f"x{self._place(rows)}"
+
+    def _place(self, rows: slice) -> int:
+        return min(rows.start // self.rows, len(self.held) - 1)
+
     def points(self, rows: slice, out: Array) -> Array:
         """The points q − centre, their batch elements on one axis, in the memory of ``out``."""
         points = self.q[:, :, rows, :]
@@ -229,12 +239,12 @@ class _Blocks:
 
     def at(self, rows: slice, x: Array | None = None) -> Array:
         """C there, of the points x or those that are there; until a block that takes its place is asked for."""
-        place = min(rows.start // self.rows, len(self.held) - 1)
+        place = self._place(rows)
         batch, count, m = self.z_t.shape[0], rows.stop - rows.start, self.z_t.shape[-1]
         c = self.xp.reshape(self.places[place, : batch * count * m], (batch, count, m))
         if self.held[place] != rows:
             if x is None:
-                x = self.points(rows, self.memory.take("x", (batch, count, self.z_t.shape[-2])))
+                x = self.points(rows, self.memory.take("x0", (batch, count, self.z_t.shape[-2])))
             add_product(self.half_z, x, self.z_t, self.xp, alpha=self.s2, out=c)
             accumulate(c, self.xp.linalg.vector_norm(x, axis=-1, keepdims=True) ** 2, -0.5 * self.s2)
             exp_of_negative(c, self.xp)

@@ -426,5 +426,5 @@ def test_no_more_is_kept_than_some_blocks():
 
     with ThreadPoolExecutor(1) as pool:
         sizes = pool.submit(kept).result()
-    assert 0 < len(sizes) <= 2
+    assert 0 < len(sizes) <= 1 + _attend._CPU_BLOCKS
     assert max(sizes.values()) <= _attend._CPU_BLOCKS * _attend._CPU_ENTRIES
