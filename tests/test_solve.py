@@ -246,7 +246,7 @@ def test_preconditioner_does_not_square_the_condition_number(monkeypatch):
 
 def test_single_precision_reaches_a_true_residual_of_1e_4():
     x, y = problem(1500, noise=0.2, dtype=np.float32)
-    ridge = 1e-6 * 1500
+    ridge = 2e-6 * 1500  # the exact coefficients, rounded to float32, have the residual 4e-5
     fit = kernel_ridge(x, y, kernel=gaussian(0.5), ridge=ridge, rank=120, landmarks="uniform", rng=0)
     assert fit.coefficients.dtype == np.float32
     exact = gaussian_gram(x, 0.5)
@@ -254,7 +254,7 @@ def test_single_precision_reaches_a_true_residual_of_1e_4():
     # It takes the true residual: the entries of K in float32, solved with no rounding at all, are not good enough.
     k = gaussian_kernel(x, x, lengthscale=0.5).astype(np.float64) + ridge * np.eye(1500)
     alpha = np.linalg.solve(k, y.astype(np.float64))
-    assert np.linalg.norm(y - exact @ alpha - ridge * alpha) > 1.5e-4 * np.linalg.norm(y)
+    assert np.linalg.norm(y - exact @ alpha - ridge * alpha) > 1e-4 * np.linalg.norm(y)
 
 
 def test_single_precision_says_where_it_ends():
