@@ -202,7 +202,7 @@ class _Memory:
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
         size = math.prod(shape)
-        stays = name != "h" and size <= _CPU_BLOCKS * _CPU_ENTRIES
+        stays = name != "h" and size <= (_CPU_BLOCKS if name == "c" else 1) * _CPU_ENTRIES
         blocks, key = self.of_thread if stays else self.of_call, (name, *self.about)
         if key not in blocks or blocks[key].shape[0] < size:
             blocks[key] = self.new(size)
