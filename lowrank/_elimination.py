@@ -8,7 +8,6 @@ itself loses is mended by a Newton step of the whole matrix. docs/pinv.md has th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,10 +33,6 @@ from lowrank._definite import apply_accurately
 from lowrank._newton import Work, or_nan
 from lowrank._schedule import Step
 
-# What gives the rows and columns in two slices of P, scaled, in double precision; blocks of the diagonal in memory of
-# their own.
-Part = Callable[[slice, slice], Array]
-
 # Blocks of this order and below are not divided, and nothing more often than this: a smaller product takes no less time
 # than the call for it, and a fifth level has a few per cent of the products left to save.
 _SMALLEST, _MOST_LEVELS = 16, 4
@@ -54,9 +49,9 @@ _SLACK = 8.0
 
 
 def applies(a: Array, *, ridge: float, tol: float | None = None, xp: Namespace) -> bool:
-    """Whether A is on a CPU, can be looked at and written beside, and no κ is too large; and whether it is faster than
-    what stops at ``tol``."""
-    if is_traced(a) or not writes(a) or not is_on_cpu(a):
+    """Whether A is on a CPU, can be looked at and written beside, 1/ridge does not overflow, and no κ is too large; and
+    whether it is faster than what stops at ``tol``."""
+    if is_traced(a) or not writes(a) or not is_on_cpu(a) or ridge < float(xp.finfo(a.dtype).smallest_normal):
         return False
     n, largest = a.shape[-1], _LARGEST["float32" if real_dtype(a, xp) == xp.float32 else "float64"]
     if tol is not None and math.prod(a.shape) * n < _FEWEST:
@@ -72,19 +67,13 @@ def inverse(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work]:
     Where A is not as declared, some pivot is not positive, and the result is NaN.
     """
     n = a.shape[-1]
-    matrices = xp.reshape(a, (-1, n, n))
     single = real_dtype(a, xp) == xp.float32
-    wide = xp.complex128 if xp.isdtype(a.dtype, "complex floating") else xp.float64
     levels = min(_MOST_LEVELS, max(0, math.ceil(math.log2(n / _SMALLEST))))
+    # What is above has an inverse of zeros in single precision, and squares that overflow in double.
+    ridge = min(ridge, 2.0**400) if single else ridge
     # The power of two next to 1/tr P at its largest, by which multiplication is exact: no entry of P is above 1.
     scale = 2.0 ** min(-math.frexp(ridge)[1] - math.log2(_LARGEST["float32"]), 1000.0)
-
-    def part(rows: slice, columns: slice) -> Array:
-        values = xp.astype(matrices[:, rows, columns], wide)
-        values *= scale
-        return add_to_diagonal(values, ridge * scale, xp) if rows == columns else values
-
-    x, pivots = (_rounded if single else _polished)(part, scale, matrices, levels, xp)
+    x, pivots = (_rounded if single else _polished)(xp.reshape(a, (-1, n, n)), ridge, scale, levels, xp)
     valid = xp.all((pivots > 0.5) & (pivots <= _SLACK / (ridge * scale)), axis=0)
     valid = xp.reshape(valid, a.shape[:-2])
     products = _products(n, levels) + (0 if single else (accurate_cost(a, xp) + 1) * n**3)
@@ -93,106 +82,115 @@ def inverse(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work]:
     return or_nan(valid, xp.reshape(x, a.shape), xp), work
 
 
-def _rounded(part: Part, scale: float, a: Array, levels: int, xp: Namespace) -> tuple[Array, Array]:
+def _rounded(a: Array, ridge: float, scale: float, levels: int, xp: Namespace) -> tuple[Array, Array]:
     """The inverse in single precision, to which nothing is rounded before the last of what cancels."""
-    n, h = a.shape[-1], a.shape[-1] // 2
+    elimination, h = _Elimination(a, ridge, scale, xp), a.shape[-1] // 2
     if levels == 0:
-        y, pivots = _swept(part(slice(0, n), slice(0, n)), xp)
-        x = xp.empty(a.shape, dtype=a.dtype, device=device(a))
-        diagonal = [(x, y)]
-    else:
-        left, w, right, pivots = _divided(part, n, levels, a.dtype, xp)
-        left, below = _joined(left, w, right, xp)
-        x = xp.empty(a.shape, dtype=a.dtype, device=device(a))
-        diagonal = [(x[:, :h, :h], left), (x[:, h:, h:], right)]
-        xp.multiply(below, -scale, out=x[:, h:, :h])
-        xp.multiply(matrix_transpose_conj(below, xp), -scale, out=x[:, :h, h:])
-    for block, y in diagonal:
-        y *= -0.5 * scale
-        xp.add(y, matrix_transpose_conj(y, xp), out=block)
-    return x, pivots
+        half = elimination.negative_inverse(a, levels, elimination.dtype)
+        half *= -0.5
+        return xp.astype(half + matrix_transpose_conj(half, xp), a.dtype), elimination.reciprocals()
+    left, w, right = (xp.astype(v, a.dtype, copy=False) for v in elimination.divided(a, levels, a.dtype))
+    right *= -0.5
+    below = stacked_product(right, w, xp)
+    left = add_product(left, matrix_transpose_conj(w, xp), below, xp, beta=-0.5, out=left)
+    x = xp.empty(a.shape, dtype=a.dtype, device=device(a))
+    for block, half in ((x[:, :h, :h], left), (x[:, h:, h:], right)):
+        xp.add(half, matrix_transpose_conj(half, xp), out=block)
+    xp.multiply(below, 2.0, out=x[:, h:, :h])
+    xp.multiply(matrix_transpose_conj(below, xp), 2.0, out=x[:, :h, h:])
+    return x, elimination.reciprocals()
 
 
-def _polished(part: Part, scale: float, a: Array, levels: int, xp: Namespace) -> tuple[Array, Array]:
+def _polished(a: Array, ridge: float, scale: float, levels: int, xp: Namespace) -> tuple[Array, Array]:
     """The inverse in double precision, with a step from an accurate E after elimination."""
-    n = a.shape[-1]
-    p = part(slice(0, n), slice(0, n))
-    x, pivots = _negative_inverse(xp.asarray(p, copy=True), levels, xp)
+    p = add_to_diagonal(a * scale, ridge * scale, xp)
+    elimination = _Elimination(p, 0.0, 1.0, xp)
+    x = elimination.negative_inverse(p, levels, elimination.dtype)
     x = apply_accurately(_LAST, xp.negative(x, out=x), p, xp)
     x = x + matrix_transpose_conj(x, xp)
     x *= 0.5 * scale
-    return x, pivots
+    return x, elimination.reciprocals()
 
 
-def _negative_inverse(p: Array, levels: int, xp: Namespace) -> tuple[Array, Array]:
-    """−P⁻¹, in the memory of P, and the reciprocals of the pivots, of shape (n, batch)."""
-    if levels == 0:
-        return _swept(p, xp)
-    n, h = p.shape[-1], p.shape[-1] // 2
-    left, w, right, pivots = _divided(
-        lambda i, j: xp.asarray(p[:, i, j], copy=True) if i == j else p[:, i, j], n, levels, p.dtype, xp
-    )
-    left, below = _joined(left, w, right, xp)
-    p[:, :h, :h] = left
-    p[:, h:, :h] = below
-    p[:, :h, h:] = matrix_transpose_conj(below, xp)
-    p[:, h:, h:] = right
-    return p, pivots
+class _Elimination:
+    """Block elimination of P = A + ridge·I in double precision, for the matrices of one batch."""
+
+    def __init__(self, a: Array, ridge: float, scale: float, xp: Namespace) -> None:
+        self.dtype = xp.complex128 if xp.isdtype(a.dtype, "complex floating") else xp.float64
+        self._ridge, self._scale, self._xp = ridge, scale, xp
+        self._sweeps: dict[int, _Sweeps] = {}
+        self._reciprocals: list[Array] = []
+
+    def negative_inverse(self, a: Array, levels: int, dtype: Any) -> Array:
+        """−P⁻¹, rounded to ``dtype``."""
+        xp, n, h = self._xp, a.shape[-1], a.shape[-1] // 2
+        x = xp.empty(a.shape, dtype=dtype, device=device(a))
+        if levels == 0:
+            if n not in self._sweeps:
+                memory = xp.empty((2 * n + 1, n, a.shape[0]), dtype=self.dtype, device=device(a))
+                self._sweeps[n] = _Sweeps(memory, self._scale, xp)
+            self._reciprocals.append(self._sweeps[n](a, self._ridge, x))
+            return x
+        left, w, right = self.divided(a, levels, self.dtype)
+        below = stacked_product(right, w, xp)
+        x[:, :h, :h] = add_product(left, matrix_transpose_conj(w, xp), below, xp, out=left)
+        x[:, h:, :h] = below
+        x[:, :h, h:] = matrix_transpose_conj(below, xp)
+        x[:, h:, h:] = right
+        return x
+
+    def divided(self, a: Array, levels: int, dtype: Any) -> tuple[Array, Array, Array]:
+        """L = −B⁻¹, W = CL and R = −S⁻¹, S = D + WCᴴ, of P = [[B, Cᴴ], [C, D]], R rounded to ``dtype``.
+
+        C and Cᴴ are both read from A: a product with the adjoint of its second factor takes twice the time.
+        """
+        xp, h = self._xp, a.shape[-1] // 2
+        left = self.negative_inverse(a[:, :h, :h], levels - 1, self.dtype)
+        w = stacked_product(xp.astype(a[:, h:, :h], self.dtype, copy=False), left, xp)
+        s = xp.astype(a[:, h:, h:], self.dtype)
+        s = add_product(s, w, xp.astype(a[:, :h, h:], self.dtype, copy=False), xp, out=s)
+        return left, w, self.negative_inverse(s, levels - 1, dtype)
+
+    def reciprocals(self) -> Array:
+        """1/d for the pivots d of scale·P, of shape (n, batch)."""
+        return self._xp.concat(self._reciprocals)
 
 
-def _divided(part: Part, n: int, levels: int, dtype: Any, xp: Namespace) -> tuple[Array, Array, Array, Array]:
-    """L = −B⁻¹, W = CL and R = −S⁻¹, S = D + WCᴴ, of P = [[B, Cᴴ], [C, D]] of order n, and the reciprocals of pivots.
+class _Sweeps:
+    """Inverses of small matrices by the sweep operator (J. H. Goodnight, Amer. Statist. 33, 1979), with the matrices of
+    the batch along the last axis, in memory of shape (2n + 1, n, batch) that is the same in every call.
 
-    What is returned of ``dtype`` is so as soon as nothing is left that cancels: memory that a library gives back to
-    the system at the end of every call costs as much as the products.
+    Row k, with u = 1/scale taken from its pivot d, is w, and P ← P − wᴴw/d turns row and column k into u·w/d and the
+    pivot into 2u − u²/d; all pivots are u at the most. After all rows that is 2u·I − u²P⁻¹.
     """
-    first, second = slice(0, n // 2), slice(n // 2, n)
-    left, upper = _negative_inverse(part(first, first), levels - 1, xp)
-    c = part(second, first)
-    w = stacked_product(c, left, xp)
-    left = xp.astype(left, dtype, copy=False)
-    s = part(second, second)
-    s = add_product(s, w, matrix_transpose_conj(c, xp), xp, out=s)
-    del c
-    w = xp.astype(w, dtype, copy=False)
-    right, lower = _negative_inverse(s, levels - 1, xp)
-    del s
-    return left, w, xp.astype(right, dtype, copy=False), xp.concat([upper, lower])
+
+    def __init__(self, memory: Array, scale: float, xp: Namespace) -> None:
+        n, self._scale, self._xp = memory.shape[1], scale, xp
+        self._p, swept, self._w = memory[:n, ...], memory[n : 2 * n, ...], memory[2 * n, ...]
+        self._diagonal, self._swept_diagonal = _diagonal(self._p, xp), _diagonal(swept, xp)
+        units = xp.eye(n, dtype=memory.dtype, device=device(memory))[:, :, None] / scale
+        self._rows = list(zip(list(self._p), list(xp.real(self._diagonal)), list(units), list(swept), strict=True))
+
+    def __call__(self, a: Array, ridge: float, out: Array) -> Array:
+        """Write −P⁻¹, P = A + ridge·I, to ``out`` and return u/d for all pivots, of shape (n, batch)."""
+        xp, p, w = self._xp, self._p, self._w
+        p[...] = xp.permute_dims(a, (1, 2, 0))
+        self._diagonal += ridge
+        column, conjugate = w[:, None], xp.isdtype(p.dtype, "complex floating")
+        library, subtract = unwrapped(xp), elementwise_product_subtracted(p)
+        for row, pivot, unit, swept in self._rows:
+            library.subtract(row, unit, out=w)
+            library.divide(w, pivot, out=swept)
+            subtract(xp.conj(column) if conjugate else column, swept)
+        self._diagonal -= 2 / self._scale
+        xp.multiply(xp.permute_dims(p, (2, 0, 1)), self._scale**2, out=out)
+        return 1 - xp.real(self._swept_diagonal)
 
 
-def _joined(left: Array, w: Array, right: Array, xp: Namespace) -> tuple[Array, Array]:
-    """The blocks of [[L + WᴴRW, WᴴR], [RW, R]] = −P⁻¹ that have to be computed, the first in the memory of L."""
-    below = stacked_product(right, w, xp)
-    return add_product(left, matrix_transpose_conj(w, xp), below, xp, out=left), below
-
-
-def _swept(p: Array, xp: Namespace) -> tuple[Array, Array]:
-    """−P⁻¹, in the memory of P, and the reciprocals of the pivots d, by the sweep operator (J. H. Goodnight, Amer.
-    Statist. 33, 1979), with the matrices of the batch along the last axis.
-
-    Row k, with 1 taken from its pivot, is w, and P ← P − wᴴw/d turns row and column k into w/d and the pivot into
-    2 − 1/d; all pivots are 1 at the most.
-    """
-    n = p.shape[-1]
-    q = xp.empty((n, n, p.shape[0]), dtype=p.dtype, device=device(p))
-    q[...] = xp.permute_dims(p, (1, 2, 0))
-    complex_ = xp.isdtype(p.dtype, "complex floating")
-    units = xp.eye(n, dtype=p.dtype, device=device(p))[:, :, None]
-    w, swept = xp.empty_like(q[0]), xp.empty_like(q)
-    column = w[:, None]
-    library, subtract = unwrapped(xp), elementwise_product_subtracted(q)
-    for row, pivot, unit, out in zip(list(q), list(xp.real(_pivots(q, xp))), list(units), list(swept), strict=True):
-        library.subtract(row, unit, out=w)
-        library.divide(w, pivot, out=out)
-        subtract(xp.conj(column) if complex_ else column, out)
-    reciprocals = 1 - xp.real(_pivots(swept, xp))
-    p[...] = add_to_diagonal(xp.permute_dims(q, (2, 0, 1)), -2.0, xp)
-    return p, reciprocals
-
-
-def _pivots(q: Array, xp: Namespace) -> Array:
-    """The diagonals of matrices along the last axis, a view of shape (n, batch)."""
-    return xp.permute_dims(xp.linalg.diagonal(xp.permute_dims(q, (2, 0, 1))), (1, 0))
+def _diagonal(q: Array, xp: Namespace) -> Array:
+    """The diagonals of matrices along the last axis, a view of shape (n, batch) of what is in one piece."""
+    n = q.shape[0]
+    return xp.reshape(q, (n * n, q.shape[-1]))[:: n + 1, ...]
 
 
 def _products(n: int, levels: int) -> float:

@@ -106,6 +106,22 @@ def test_no_scale_is_too_large_or_too_small(dtype, scale):
     assert relative_error(x.astype(wide) * scale, exact) <= 4001 * float(np.finfo(a.dtype).eps)
 
 
+@pytest.mark.parametrize("n", [3, 40])
+def test_a_ridge_beyond_the_numbers_of_the_dtype(n):
+    zero = np.zeros((n, n), dtype=np.float32)
+    for ridge in (1e46, 1e300):
+        x, info = pinv_newton(zero, hermitian=True, ridge=ridge, return_info=True)
+        assert info.finite
+        assert not x.any()
+    x, info = pinv_newton(zero, hermitian=True, ridge=2.0**-126, return_info=True)
+    assert info.finite
+    assert np.array_equal(x, 2.0**126 * np.eye(n))
+    # Its inverse overflows, and is not taken for one.
+    x, info = pinv_newton(zero, hermitian=True, ridge=1e-44, return_info=True)
+    assert not info.finite
+    assert np.isnan(x).all()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n", [33, 49, 190])
 def test_blocks_that_have_most_of_their_eigenvectors_in_common(n, dtype):
@@ -149,18 +165,22 @@ def test_agrees_with_the_plain_path_and_is_what_is_called(library, shape):
 @pytest.mark.parametrize("complex_", [False, True])
 def test_sweeps_invert_and_show_the_pivots(n, complex_):
     rng = np.random.default_rng(n)
-    z = rng.standard_normal((5, n, n)) + (1j * rng.standard_normal((5, n, n)) if complex_ else 0)
-    p = z @ z.conj().mT + np.eye(n)
-    p /= np.trace(p.real, axis1=1, axis2=2)[:, None, None]
-    exact, lower = np.linalg.inv(p), np.linalg.cholesky(p)
-    for xp, asarray in ((xnp, np.copy), (xtorch, torch.tensor)):
-        given_ = asarray(p)
-        x, reciprocals = _elimination._swept(given_, xp)
-        assert x is given_
-        condition = float(np.max(np.linalg.cond(p)))
-        assert relative_error(-to_host(x), exact) <= n * condition * np.finfo(float).eps
-        pivots = np.diagonal(lower.real, axis1=1, axis2=2) ** 2
-        np.testing.assert_allclose(to_host(reciprocals).T * pivots, 1.0, rtol=n * condition * np.finfo(float).eps)
+    z = rng.standard_normal((2, 5, n, n)) + (1j * rng.standard_normal((2, 5, n, n)) if complex_ else 0)
+    a, ridge, scale = z @ z.conj().mT, 0.5, 2.0**-20
+    a = (a + a.conj().mT) / 2
+    p = a + ridge * np.eye(n)
+    assert np.trace(p.real, axis1=-2, axis2=-1).max() < 1 / scale
+    for xp, asarray in ((xnp, np.asarray), (xtorch, torch.asarray)):
+        memory = asarray(np.full((2 * n + 1, n, 5), np.nan, dtype=a.dtype))
+        sweeps = _elimination._Sweeps(memory, scale, xp)
+        # A second time in the same memory.
+        for given_, full in zip(a, p, strict=True):
+            x = asarray(np.empty_like(full))
+            ratios = sweeps(asarray(given_), ridge, x)
+            tolerance = n * float(np.max(np.linalg.cond(full))) * np.finfo(float).eps
+            assert relative_error(-to_host(x), np.linalg.inv(full)) <= tolerance
+            pivots = np.diagonal(np.linalg.cholesky(full).real, axis1=1, axis2=2) ** 2
+            np.testing.assert_allclose(scale * to_host(ratios).T * pivots, 1.0, rtol=tolerance)
 
 
 def test_elimination_in_double_precision_leaves_what_one_step_mends():
@@ -173,7 +193,8 @@ def test_elimination_in_double_precision_leaves_what_one_step_mends():
         for a in (real, phases[:, None] * real * phases.conj()):
             for condition in (1e4, 1e6):
                 p = (a + n / condition * np.eye(n)) / (2 * n)
-                x, _ = _elimination._negative_inverse(p[None].copy(), math.ceil(math.log2(n / 16)), xnp)
+                elimination = _elimination._Elimination(p[None], 0.0, 1.0, xnp)
+                x = elimination.negative_inverse(p[None], math.ceil(math.log2(n / 16)), elimination.dtype)
                 left, right = x[0] @ p + np.eye(n), p @ x[0] + np.eye(n)
                 worst = max(np.linalg.norm(left, 2), np.linalg.norm(right, 2))
                 assert worst <= 0.1 * condition**2 * np.finfo(float).eps
