@@ -336,9 +336,10 @@ def elementwise_product_subtracted(x: Array) -> Callable[[Array, Array], Array]:
     """(a, b) ↦ x − ab, entry by entry, in the memory of x, of a library that writes to arrays."""
     if compat.is_torch_array(x):
         return functools.partial(x.addcmul_, value=-1)
+    product = np.empty_like(x)
 
     def subtract(a: Array, b: Array) -> Array:
-        return np.subtract(x, a * b, out=x)
+        return np.subtract(x, np.multiply(a, b, out=product), out=x)
 
     return subtract
 

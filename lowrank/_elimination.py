@@ -167,6 +167,7 @@ class _Sweeps:
     def __init__(self, memory: Array, scale: float, xp: Namespace) -> None:
         n, self._scale, self._xp = memory.shape[1], scale, xp
         self._p, swept, self._w = memory[:n, ...], memory[n : 2 * n, ...], memory[2 * n, ...]
+        self._subtract = elementwise_product_subtracted(self._p)
         self._diagonal, self._swept_diagonal = _diagonal(self._p, xp), _diagonal(swept, xp)
         units = xp.eye(n, dtype=memory.dtype, device=device(memory))[:, :, None] / scale
         self._rows = list(zip(list(self._p), list(xp.real(self._diagonal)), list(units), list(swept), strict=True))
@@ -176,12 +177,11 @@ class _Sweeps:
         xp, p, w = self._xp, self._p, self._w
         p[...] = xp.permute_dims(a, (1, 2, 0))
         self._diagonal += ridge
-        column, conjugate = w[:, None], xp.isdtype(p.dtype, "complex floating")
-        library, subtract = unwrapped(xp), elementwise_product_subtracted(p)
+        column, conjugate, library = w[:, None], xp.isdtype(p.dtype, "complex floating"), unwrapped(xp)
         for row, pivot, unit, swept in self._rows:
             library.subtract(row, unit, out=w)
             library.divide(w, pivot, out=swept)
-            subtract(xp.conj(column) if conjugate else column, swept)
+            self._subtract(xp.conj(column) if conjugate else column, swept)
         self._diagonal -= 2 / self._scale
         xp.multiply(xp.permute_dims(p, (2, 0, 1)), self._scale**2, out=out)
         return 1 - xp.real(self._swept_diagonal)
