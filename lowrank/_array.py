@@ -323,6 +323,14 @@ def accumulate(x: Array, y: Array, alpha: float) -> Array:
     return x
 
 
+def transposed(x: Array, xp: Namespace) -> Array:
+    """xᵀ, its rows in one piece: torch takes up to a quarter less time for a product with it than with a view, for
+    libraries that write to arrays."""
+    turned = xp.empty((*x.shape[:-2], x.shape[-1], x.shape[-2]), dtype=x.dtype, device=device(x))
+    turned[...] = xp.matrix_transpose(x)
+    return turned
+
+
 def equal(x: Array, y: Array, xp: Namespace) -> bool:
     """Whether all entries of two arrays of one shape are equal."""
     if compat.is_torch_array(x):
@@ -390,6 +398,8 @@ def exp_of_negative(x: Array, xp: Namespace) -> Array:
 
 def identity(like: Array, xp: Namespace) -> Array:
     """I of the order, dtype and device of a square matrix."""
+    if not is_traced(like):
+        return xp.eye(like.shape[-1], dtype=like.dtype, device=device(like))
     # By comparison, for torch's exporters break eye(n) into writes to a view, and do not follow those.
     k = xp.arange(like.shape[-1], device=device(like))
     return xp.astype(k[:, None] == k[None, :], like.dtype)
@@ -421,6 +431,17 @@ def add_product(
     if alpha != 1.0:
         product *= alpha
     return accumulate(product, x, beta)
+
+
+def product_and_sums(a: Array, b: Array, rows: Array, columns: Array, out: Array, xp: Namespace) -> Array:
+    """a @ b + rows + columns, of one column and one row, in the memory of ``out``, of a library that writes to arrays;
+    in two passes where products add."""
+    if compat.is_torch_array(out):
+        return add_product(xp.add(rows, columns, out=out), a, b, xp, out=out)
+    out = xp.matmul(a, b, out=out)
+    out += columns
+    out += rows
+    return out
 
 
 def stacked_product(a: Array, b: Array, xp: Namespace) -> Array:

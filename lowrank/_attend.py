@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 from lowrank._array import (
     Array,
     Namespace,
-    accumulate,
     add_product,
     device,
     exp_of_negative,
@@ -37,7 +36,9 @@ from lowrank._array import (
     is_on_cpu,
     is_plain,
     new_memory,
+    product_and_sums,
     solve_cholesky,
+    transposed,
 )
 from lowrank.kernels import _expanded_squared_distances, _slices
 
@@ -146,13 +147,13 @@ def backward(
             w_bar = _plus(w_bar, xp.matrix_transpose(block.at(rows, x)), g_[:, rows, :], xp)
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
         sigma_bar = applied(xp.matrix_transpose(core_) if system_ is None else core_, system_, w_bar)
-        from_q = None
+        w_t, sigma_bar_t, from_q = transposed(w, xp), transposed(sigma_bar, xp), None
         for rows in reversed(blocks):
             x = _room(q_bar, group, rows, block.name_of_points(rows), memory, xp)
             c = block.at(rows, x if block.holds(rows) else block.points(rows, x))
             _put_product(v_bar, group, rows, c, sigma_bar, "h", memory, xp)
-            h = xp.matmul(g_[:, rows, :], xp.matrix_transpose(w), out=memory.take("h", c.shape))
-            h = add_product(h, v_[:, rows, :], xp.matrix_transpose(sigma_bar), xp, out=h)
+            h = xp.matmul(g_[:, rows, :], w_t, out=memory.take("h", c.shape))
+            h = add_product(h, v_[:, rows, :], sigma_bar_t, xp, out=h)
             h *= c
             from_q = _plus(from_q, xp.matrix_transpose(h), x, xp)
             x *= xp.sum(h, axis=-1, keepdims=True)
@@ -216,8 +217,8 @@ class _Blocks:
         self, q: Array, z: Array, centre: Array, scale: float, blocks: list[slice], memory: _Memory, xp: Namespace
     ) -> None:
         self.q, self.centre, self.memory, self.xp = q, centre, memory, xp
-        self.s2, self.z_t = scale * scale, xp.matrix_transpose(z)
-        self.half_z = -0.5 * self.s2 * xp.sum(z * z, axis=-1)[..., None, :]
+        self.half_s2, self.z_t = 0.5 * scale * scale, transposed(z * (scale * scale), xp)
+        self.half_z = -self.half_s2 * xp.sum(z * z, axis=-1)[..., None, :]
         # One place for each block, but the last for all that find none of their own.
         self.rows = blocks[0].stop if blocks else 0
         places = max(1, min(len(blocks), _CPU_BLOCKS if is_on_cpu(q) else _GPU_BLOCKS))
@@ -248,9 +249,8 @@ class _Blocks:
         if self.held[place] != rows:
             if x is None:
                 x = self.points(rows, self.memory.take("x0", (batch, count, self.z_t.shape[-2])))
-            add_product(self.half_z, x, self.z_t, self.xp, alpha=self.s2, out=c)
-            accumulate(c, self.xp.linalg.vector_norm(x, axis=-1, keepdims=True) ** 2, -0.5 * self.s2)
-            exp_of_negative(c, self.xp)
+            half_x = self.xp.linalg.vector_norm(x, axis=-1, keepdims=True) ** 2 * -self.half_s2
+            exp_of_negative(product_and_sums(x, self.z_t, half_x, self.half_z, c, self.xp), self.xp)
             self.held[place] = rows
         return c
 
