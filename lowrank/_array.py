@@ -192,6 +192,13 @@ def carries_derivative(x: Array) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
+def may_be_differentiated(*arrays: Array) -> bool:
+    """Whether a derivative of what is made of the arrays may be asked for; else a rule of one's own is an expense."""
+    if compat.is_torch_array(arrays[0]):
+        return is_traced(*arrays) or any(map(carries_derivative, arrays)) or is_transformed(*arrays)
+    return has_derivative(arrays[0])
+
+
 def stop_gradient(x: Array) -> Array:
     """x without its history of derivatives."""
     if compat.is_torch_array(x):

@@ -280,7 +280,8 @@ def _attended(
             return None
         if isinstance(x, _attend.Factor):
             return _attend.Factor(four_axes(x.lower))
-        return xp.reshape(xp.broadcast_to(x, (*batch, *x.shape[-2:])), (math.prod(batch[:-1]), heads, *x.shape[-2:]))
+        shape = (math.prod(batch[:-1]), heads, *x.shape[-2:])
+        return x if tuple(x.shape) == shape else xp.reshape(xp.broadcast_to(x, (*batch, *x.shape[-2:])), shape)
 
     q, z, v, core, system, centre = map(four_axes, (q, z, v, core, system, centre))
     if compat.is_torch_array(q):
@@ -289,7 +290,7 @@ def _attended(
         out = Attention.apply(q, z, v, core, system, centre, scale)
     else:
         out, _, _ = _attend.forward(q, z, v, core, system, centre, scale, xp)
-    return xp.reshape(out, (*batch, *out.shape[-2:]))
+    return out if len(batch) == 2 else xp.reshape(out, (*batch, *out.shape[-2:]))
 
 
 def _attended_from(

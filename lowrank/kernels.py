@@ -22,9 +22,9 @@ from lowrank._array import (
     device,
     from_host,
     generator,
-    has_derivative,
     is_half,
     is_traced,
+    may_be_differentiated,
     namespace,
     number,
     shown,
@@ -433,7 +433,7 @@ def _differentiable(
     choose: Callable[..., Callable[..., Array]], x: Array, y: Array, s: Array, c: Array, xp: Namespace
 ) -> Array:
     """Σᵢ sᵢ²(xᵢ − yᵢ)² in the way that choose(x, y, s, c, xp) names, with its derivative where the library has one."""
-    if not has_derivative(x):
+    if not may_be_differentiated(x, y, s):
         return choose(x, y, s, c, xp)(x, y, s, c, xp)
     from lowrank import _gradients
 
