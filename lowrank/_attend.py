@@ -38,7 +38,7 @@ from lowrank._array import (
     new_memory,
     product_and_sums,
     solve_cholesky,
-    transposed,
+    transposed_copy,
 )
 from lowrank.kernels import _expanded_squared_distances, _slices
 
@@ -147,7 +147,7 @@ def backward(
             w_bar = _plus(w_bar, xp.matrix_transpose(block.at(rows, x)), g_[:, rows, :], xp)
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
         sigma_bar = applied(xp.matrix_transpose(core_) if system_ is None else core_, system_, w_bar)
-        w_t, sigma_bar_t, from_q = transposed(w, xp), transposed(sigma_bar, xp), None
+        w_t, sigma_bar_t, from_q = transposed_copy(w, xp), transposed_copy(sigma_bar, xp), None
         for rows in reversed(blocks):
             x = _room(q_bar, group, rows, block.name_of_points(rows), memory, xp)
             c = block.at(rows, x if block.holds(rows) else block.points(rows, x))
@@ -217,7 +217,7 @@ class _Blocks:
         self, q: Array, z: Array, centre: Array, scale: float, blocks: list[slice], memory: _Memory, xp: Namespace
     ) -> None:
         self.q, self.centre, self.memory, self.xp = q, centre, memory, xp
-        self.half_s2, self.z_t = 0.5 * scale * scale, transposed(z * (scale * scale), xp)
+        self.half_s2, self.z_t = 0.5 * scale * scale, transposed_copy(z * (scale * scale), xp)
         self.half_z = -self.half_s2 * xp.sum(z * z, axis=-1)[..., None, :]
         # One place for each block, but the last for all that find none of their own.
         self.rows = blocks[0].stop if blocks else 0

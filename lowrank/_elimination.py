@@ -71,10 +71,10 @@ def inverse(a: Array, *, ridge: float, xp: Namespace) -> tuple[Array, Work]:
     levels = min(_MOST_LEVELS, max(0, math.ceil(math.log2(n / _SMALLEST))))
     # What is above has an inverse of zeros in single precision, and squares that overflow in double.
     ridge = min(ridge, 2.0**400) if single else ridge
-    # The power of two next to 1/tr P at its largest, by which multiplication is exact: no entry of P is above 1.
+    # The power of two next to 1/tr P at its largest, by which multiplication is exact: no entry of scale·P is above 1.
     scale = 2.0 ** min(-math.frexp(ridge)[1] - math.log2(_LARGEST["float32"]), 1000.0)
-    x, pivots = (_rounded if single else _polished)(xp.reshape(a, (-1, n, n)), ridge, scale, levels, xp)
-    valid = xp.all((pivots > 0.5) & (pivots <= _SLACK / (ridge * scale)), axis=0)
+    x, reciprocals = (_rounded if single else _polished)(xp.reshape(a, (-1, n, n)), ridge, scale, levels, xp)
+    valid = xp.all((reciprocals > 0.5) & (reciprocals <= _SLACK / (ridge * scale)), axis=0)
     valid = xp.reshape(valid, a.shape[:-2])
     products = _products(n, levels) + (0 if single else (accurate_cost(a, xp) + 1) * n**3)
     zero = xp.zeros(a.shape[:-2], dtype=real_dtype(a, xp), device=device(a))

@@ -27,6 +27,7 @@ from lowrank._array import (
     device,
     equal,
     identity,
+    is_followed,
     is_half,
     is_integer,
     is_traced,
@@ -348,7 +349,7 @@ def _differentiable(
     solve: Callable[[Array], tuple[Array, Work]], p: Array, *, full_rank: bool, xp: Namespace
 ) -> tuple[Array, Work]:
     """solve(p), with the closed-form derivative attached where one may be asked for."""
-    if not (is_traced(p) or carries_derivative(p) or is_transformed(p)):
+    if not is_followed(p):
         return solve(p)
     from lowrank import _gradients
 
