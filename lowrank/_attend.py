@@ -32,6 +32,7 @@ from lowrank._array import (
     add_product,
     device,
     exp_of_negative,
+    identity,
     is_contiguous,
     is_on_cpu,
     is_plain,
@@ -93,6 +94,23 @@ def gaussian_block(x: Array, y: Array, xp: Namespace) -> Array:
     return xp.exp(-0.5 * _expanded_squared_distances(x, y, xp))
 
 
+def gaussian_gram(z: Array, xp: Namespace) -> Array:
+    """k(z, z), to be differentiated."""
+    a = gaussian_block(z, z, xp)
+    # k(z, z) = 1, which the expansion of a distance misses by eps·‖z‖²: of far landmarks by all of it.
+    eye = identity(a, xp)
+    return xp.where(eye == 1, eye, a)
+
+
+def gram(z: Array, xp: Namespace) -> Array:
+    """The same of a library that writes to arrays, without a derivative and in fewer operations: squares from the
+    product's own diagonal make k(zᵢ, zᵢ) = 1."""
+    a = z @ xp.matrix_transpose(z)
+    half = 0.5 * xp.linalg.diagonal(a)
+    a -= half[..., :, None] + half[..., None, :]
+    return exp_of_negative(a, xp)
+
+
 def inner_cotangent(system: Array | None, w_bar: Array, sigma_bar: Array, sigma: Array, w: Array) -> Array:
     """M̄, or P̄ where P is given."""
     return w_bar @ sigma.mT if system is None else -sigma_bar @ w.mT
@@ -104,10 +122,11 @@ def forward(
     """X, σ and w for arrays of four axes and one batch shape (B, H)."""
     out = xp.empty_like(v)  # with the strides of v
     shape = (*v.shape[:2], z.shape[-2], v.shape[-1])
-    sums, weights = (xp.zeros(shape, dtype=v.dtype, device=device(v)) for _ in range(2))
+    sums, weights = (xp.empty(shape, dtype=v.dtype, device=device(v)) for _ in range(2))
     memory = _Memory(q, xp)
     for group, blocks in _groups(q, z):
-        z_, v_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, v, core, system, centre))
+        z_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, core, system, centre))
+        v_ = _together(v, group, "v", memory, xp)
         block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, memory, xp)
         sigma = None
         for rows in blocks:
@@ -137,8 +156,8 @@ def backward(
     q_bar, z_bar, v_bar, inner_bar = (xp.empty_like(x) for x in (q, z, v, core if system is None else system))
     s2, memory = scale * scale, _Memory(q, xp)
     for group, blocks in _groups(q, z):
-        z_, v_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, v, core, system, centre))
-        sigma, w, g_ = (_flat(x, group, xp) for x in (sums, weights, g))
+        z_, core_, system_, c_, sigma, w = (_flat(x, group, xp) for x in (z, core, system, centre, sums, weights))
+        v_, g_ = (_together(x, group, name, memory, xp) for x, name in ((v, "v"), (g, "g")))
         z_ = z_ - c_
         block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, memory, xp)
         w_bar = None
@@ -191,8 +210,8 @@ _kept = _Kept()
 
 
 class _Memory:
-    """Blocks to write to, the same ones again and again, on a CPU those that both ways take in all calls of a thread:
-    fresh memory costs more than what is computed in it. A third one kept would save no time that shows."""
+    """Blocks to write to, the same ones again and again, on a CPU in all calls of a thread: the first touch of fresh
+    memory can take longer than what is computed in it."""
 
     def __init__(self, like: Array, xp: Namespace) -> None:
         self.new = functools.partial(new_memory, like, xp)
@@ -203,7 +222,7 @@ class _Memory:
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
         size = math.prod(shape)
-        stays = name != "h" and size <= (_CPU_BLOCKS if name == "c" else 1) * _CPU_ENTRIES
+        stays = size <= (_CPU_BLOCKS if name == "c" else 1) * _CPU_ENTRIES
         blocks, key = self.of_thread if stays else self.of_call, (name, *self.about)
         if key not in blocks or blocks[key].shape[0] < size:
             blocks[key] = self.new(size)
@@ -263,6 +282,17 @@ def _flat(x: Any, group: tuple[slice, slice], xp: Namespace) -> Any:
         return Factor(_flat(x.lower, group, xp))
     x = x[(*group, ...)]
     return xp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
+
+
+def _together(x: Array, group: tuple[slice, slice], name: str, memory: _Memory, xp: Namespace) -> Array:
+    """Rows of points, the batch elements of a group on one axis: a view, or a copy in the memory of that name."""
+    part = x[(*group, ...)]
+    shape = (part.shape[0] * part.shape[1], *part.shape[2:])
+    if 1 in part.shape[:2] or is_contiguous(part):
+        return xp.reshape(part, shape)
+    room = memory.take(name, shape)
+    xp.reshape(room, part.shape)[...] = part
+    return room
 
 
 def _room(out: Array, group: tuple[slice, slice], rows: slice, name: str, memory: _Memory, xp: Namespace) -> Array:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank import _attend, _fused_attention
-from lowrank._array import Namespace, arithmetic, is_traced
+from lowrank._array import Namespace, arithmetic, identity, is_traced
 from lowrank._attend import Factor
 
 
@@ -33,10 +33,12 @@ class Attention(torch.autograd.Function):
         system: Tensor | None,
         centre: Tensor,
         scale: float,
+        ridge: float | None,
     ) -> Tensor:
+        """Where ``ridge`` is given, P is k(z, z) + ridge·I, a constant, and its derivative is in that of z."""
         ctx.way = _ByKernels if _fused_attention.applies(q, z, v) else _attend
         out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp)
-        ctx.scale, ctx.factored = scale, isinstance(core, Factor)
+        ctx.scale, ctx.factored, ctx.ridge = scale, isinstance(core, Factor), ridge
         kept = core.lower if isinstance(core, Factor) else core
         ctx.save_for_backward(q, z, v, kept, system, centre, sums, weights)
         return out
@@ -51,7 +53,11 @@ class Attention(torch.autograd.Function):
             q_bar, z_bar, v_bar, inner = ctx.way.backward(
                 q, z, v, core, system, centre, ctx.scale, sums, weights, g, xp
             )
-        return q_bar, z_bar, v_bar, *((inner, None) if system is None else (None, inner)), None, None
+            if ctx.ridge is not None:
+                s = ctx.scale
+                z_bar = z_bar.add_(gram_cotangent((z - centre) * s, system, inner), alpha=s)
+        inners = (inner, None) if system is None else (None, inner if ctx.ridge is None else None)
+        return q_bar, z_bar, v_bar, *inners, None, None, None
 
     @staticmethod
     def differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,9 +67,12 @@ class Attention(torch.autograd.Function):
         core = Factor(core) if ctx.factored else core
         wanted = [x for x, wants in zip(inputs, ctx.needs_input_grad, strict=False) if wants]
         with torch.enable_grad():
+            if ctx.ridge is not None:
+                a = _attend.gaussian_gram((z - centre) * ctx.scale, xp)
+                system = a + ctx.ridge * identity(a, xp)
             out = _attend.plain(q, z, v, core, system, centre, ctx.scale, xp)
         found = iter(torch.autograd.grad(out, wanted, g, create_graph=torch.is_grad_enabled()))
-        return *(next(found) if wants else None for wants in ctx.needs_input_grad[:5]), None, None
+        return *(next(found) if wants else None for wants in ctx.needs_input_grad[:5]), None, None, None
 
 
 class _ByKernels:
@@ -104,6 +113,13 @@ class _ByKernels:
         sigma_bar = _attend.applied(core.mT if system is None else core, system, w_bar)
         x_bar, y_bar, v_bar = _fused_attention.cotangents(x, y, v, g, weights, sigma_bar)
         return scale * x_bar, scale * y_bar, v_bar, _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
+
+
+def gram_cotangent(z: Tensor, system: Tensor, system_bar: Tensor) -> Tensor:
+    """z̄ = Hz − diag(H1) z, H = P ∘ (P̄ + P̄ᵀ), for P = k(z, z) + δI and a cotangent P̄ of it."""
+    h = (system_bar + system_bar.mT).mul_(system)
+    h.diagonal(dim1=-2, dim2=-1).zero_()  # what it is times is zᵢ − zᵢ
+    return (h @ z).sub_(h.sum(-1, keepdim=True) * z)
 
 
 def gaussian_product(x: Tensor, y: Tensor, v: Tensor) -> Tensor:

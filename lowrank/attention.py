@@ -20,6 +20,7 @@ from lowrank import pinv as _pinv
 from lowrank._array import (
     Array,
     Namespace,
+    add_to_diagonal,
     arithmetic,
     broadcast_shapes,
     check_flag,
@@ -145,12 +146,18 @@ def softmax_free_attention(
             q, landmarks, queries = (None if x is None else x / ell for x in (q, landmarks, queries))
         z, x, v = _only(landmarks, landmark_mask, xp), _only(q, mask, xp), _only(v, mask, xp)
         c = _centre(z, landmark_mask, xp)
-        core, system = _core((z - c) * scale, landmark_mask, ridge, normalize, method, inverse, xp)
-        if queries is None:
-            out = _only(_attended(x, z, v, core, system, c, scale, xp), mask, xp)
+        usual = inverse is None and ridge > 0 and landmark_mask is None and queries is None and not normalize
+        if usual and _is_in_blocks(x, z, v):
+            core, system = _gram_core(stop_gradient((z - c) * scale), ridge, method, xp)
+            out = _in_blocks(x, z, v, core, system, c, scale, ridge, xp)
         else:
-            asking, x, z = ((y - c) * scale for y in (queries, x, z))
-            out = _attended_from(asking, x, z, v, core, system, xp)
+            core, system = _core((z - c) * scale, landmark_mask, ridge, normalize, method, inverse, xp)
+            if queries is None:
+                out = _attended(x, z, v, core, system, c, scale, xp)
+            else:
+                asking, x, z = ((y - c) * scale for y in (queries, x, z))
+                out = _attended_from(asking, x, z, v, core, system, xp)
+        out = out if queries is not None else _only(out, mask, xp)
     return xp.astype(out, result_dtype, copy=False)
 
 
@@ -179,6 +186,15 @@ def _centre(z: Array, landmark_mask: Array | None, xp: Namespace) -> Array:
     return stop_gradient(xp.sum(z, axis=-2, keepdims=True) / count)
 
 
+def _gram_core(z: Array, ridge: float, method: str, xp: Namespace) -> tuple[Array | _attend.Factor, Array]:
+    """M and P = k(z, z) + δI, as ``_core`` has them, in few operations: for blocks, whose way back knows P's."""
+    a = _attend.gram(z, xp)
+    system = add_to_diagonal(xp.asarray(a, copy=True), ridge, xp)
+    if _is_factored(a, method):
+        return _attend.Factor(cholesky(system, xp)), system
+    return _approximate_inverse(a, ridge, method, xp), system
+
+
 def _core(
     z: Array,
     mask: Array | None,
@@ -193,10 +209,8 @@ def _core(
     P is None where M is no inverse of it, to be differentiated as such, but what it is: by a function of the caller's
     own, or the pseudoinverse of a matrix that may be singular. In the place of M there may be the factor of P.
     """
-    a = _attend.gaussian_block(z, z, xp)
+    a = _attend.gaussian_gram(z, xp)
     eye = identity(a, xp)
-    # k(z, z) = 1, which the expansion of a distance misses by eps·‖z‖²: of far landmarks by all of it.
-    a = xp.where(eye == 1, eye, a)
     both = None if mask is None else mask[..., :, None] & mask[..., None, :]
     if both is not None:
         # The inverse of a block diagonal matrix is block diagonal: what is masked does not touch what is not.
@@ -268,10 +282,31 @@ def _attended(
     Where P is given M is a constant, and derivatives are those of P⁻¹.
     """
     matrix = core.lower if isinstance(core, _attend.Factor) else core
-    arrays = [x for x in (q, z, v, matrix, centre, system) if x is not None]
-    # Programs that are traced and derivatives other than the first, backward, want one expression.
-    if not writes(q) or is_traced(*arrays) or is_transformed(*arrays) or min(*v.shape, z.shape[-2]) == 0:
+    if not _is_in_blocks(q, z, v, *(x for x in (matrix, centre, system) if x is not None)):
         return _attend.plain(q, z, v, core, system, centre, scale, xp)
+    return _in_blocks(q, z, v, core, system, centre, scale, None, xp)
+
+
+def _is_in_blocks(q: Array, z: Array, v: Array, *others: Array) -> bool:
+    """Programs that are traced and derivatives other than the first, backward, want one expression."""
+    arrays = q, z, v, *others
+    return writes(q) and not is_traced(*arrays) and not is_transformed(*arrays) and min(*v.shape, z.shape[-2]) > 0
+
+
+def _in_blocks(
+    q: Array,
+    z: Array,
+    v: Array,
+    core: Array | _attend.Factor,
+    system: Array | None,
+    centre: Array,
+    scale: float,
+    ridge: float | None,
+    xp: Namespace,
+) -> Array:
+    """The same by ``_attend``. Where ``ridge`` is given, P is k(z, z) + ridge·I, and its derivative is in that of z."""
+    matrix = core.lower if isinstance(core, _attend.Factor) else core
+    arrays = [x for x in (q, z, v, matrix, centre, system) if x is not None]
     batch = broadcast_shapes(*(tuple(x.shape[:-2]) for x in arrays))
     heads = batch[-1] if batch else 1
 
@@ -287,7 +322,7 @@ def _attended(
     if compat.is_torch_array(q):
         from lowrank._torch_attention import Attention
 
-        out = Attention.apply(q, z, v, core, system, centre, scale)
+        out = Attention.apply(q, z, v, core, system, centre, scale, ridge)
     else:
         out, _, _ = _attend.forward(q, z, v, core, system, centre, scale, xp)
     return out if len(batch) == 2 else xp.reshape(out, (*batch, *out.shape[-2:]))
