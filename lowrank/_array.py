@@ -116,6 +116,8 @@ def shown(value: Any) -> str:
 
 def device(x: Array) -> Any:
     """The device of x, for arrays made beside it; None, the library's choice, inside a traced JAX program."""
+    if compat.is_torch_array(x):
+        return x.device
     return None if compat.is_jax_array(x) and is_traced(x) else compat.device(x)
 
 
@@ -127,12 +129,7 @@ def is_half(x: Array) -> bool:
 def is_traced(*arrays: Array) -> bool:
     """Whether any array is symbolic, so that no value of it may decide what is computed next."""
     for x in arrays:
-        if compat.is_jax_array(x):
-            import jax
-
-            if isinstance(x, jax.core.Tracer):
-                return True
-        elif compat.is_torch_array(x):
+        if compat.is_torch_array(x):
             import torch
 
             if torch.compiler.is_compiling():
@@ -142,6 +139,11 @@ def is_traced(*arrays: Array) -> bool:
                 x = functorch.get_unwrapped(x)
             # A vmapped tensor shows a batch of values as one, so that it has no single truth value.
             if functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x):
+                return True
+        elif compat.is_jax_array(x):
+            import jax
+
+            if isinstance(x, jax.core.Tracer):
                 return True
     return False
 
@@ -311,6 +313,8 @@ def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
 
 def is_on_cpu(x: Array) -> bool:
     """Whether x lives in the host's memory, where small caches reward small chunks."""
+    if compat.is_torch_array(x):
+        return x.device.type == "cpu"
     return compat.is_numpy_array(x) or str(getattr(compat.device(x), "platform", compat.device(x))).lower().startswith(
         "cpu"
     )
@@ -450,6 +454,8 @@ def product_and_sums(a: Array, b: Array, rows: Array, columns: Array, out: Array
     return out
 
 
-def stacked_product(a: Array, b: Array, xp: Namespace) -> Array:
-    """a @ b of two arrays of three axes, without what torch does to find out that they are."""
-    return (xp.bmm if compat.is_torch_array(a) else xp.matmul)(a, b)
+def stacked_product(a: Array, b: Array, xp: Namespace, *, out: Array | None = None) -> Array:
+    """a @ b of two arrays of three axes, without what torch does to find out that they are; in the memory of ``out``,
+    of a library that writes to arrays."""
+    product = xp.bmm if compat.is_torch_array(a) and a.ndim == 3 else xp.matmul
+    return product(a, b) if out is None else product(a, b, out=out)

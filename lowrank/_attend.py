@@ -39,6 +39,7 @@ from lowrank._array import (
     new_memory,
     product_and_sums,
     solve_cholesky,
+    stacked_product,
     transposed_copy,
 )
 from lowrank.kernels import _expanded_squared_distances, _slices
@@ -75,9 +76,14 @@ def plain(
     return c @ corrected(core, system, xp.matrix_transpose(c) @ v)
 
 
-def applied(core: Array | Factor, system: Array | None, sigma: Array) -> Array:
+def applied(core: Array | Factor, system: Array | None, sigma: Array, xp: Namespace) -> Array:
     """w = Mσ, or, with P, the solution of P w = σ that M leads to, in the values and not in the derivative."""
-    return core @ sigma if isinstance(core, Factor) else corrected(core, system, sigma)
+    if isinstance(core, Factor):
+        return core @ sigma
+    w = stacked_product(core, sigma, xp)
+    for _ in range(0 if system is None else CORRECTIONS):
+        w = add_product(w, core, add_product(sigma, system, w, xp, alpha=-1.0), xp)
+    return w
 
 
 def corrected(core: Array | Factor, system: Array | None, sigma: Array) -> Array:
@@ -131,7 +137,7 @@ def forward(
         sigma = None
         for rows in blocks:
             sigma = _plus(sigma, xp.matrix_transpose(block.at(rows)), v_[:, rows, :], xp)
-        w = applied(core_, system_, sigma)
+        w = applied(core_, system_, sigma, xp)
         for rows in reversed(blocks):
             _put_product(out, group, rows, block.at(rows), w, "x0", memory, xp)
         _put(sums, group, slice(None), sigma, xp)
@@ -165,13 +171,13 @@ def backward(
             x = block.points(rows, _room(q_bar, group, rows, block.name_of_points(rows), memory, xp))
             w_bar = _plus(w_bar, xp.matrix_transpose(block.at(rows, x)), g_[:, rows, :], xp)
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
-        sigma_bar = applied(xp.matrix_transpose(core_) if system_ is None else core_, system_, w_bar)
+        sigma_bar = applied(xp.matrix_transpose(core_) if system_ is None else core_, system_, w_bar, xp)
         w_t, sigma_bar_t, from_q = transposed_copy(w, xp), transposed_copy(sigma_bar, xp), None
         for rows in reversed(blocks):
             x = _room(q_bar, group, rows, block.name_of_points(rows), memory, xp)
             c = block.at(rows, x if block.holds(rows) else block.points(rows, x))
             _put_product(v_bar, group, rows, c, sigma_bar, "h", memory, xp)
-            h = xp.matmul(g_[:, rows, :], w_t, out=memory.take("h", c.shape))
+            h = stacked_product(g_[:, rows, :], w_t, xp, out=memory.take("h", c.shape))
             h = add_product(h, v_[:, rows, :], sigma_bar_t, xp, out=h)
             h *= c
             from_q = _plus(from_q, xp.matrix_transpose(h), x, xp)
@@ -318,9 +324,9 @@ def _put_product(
 ) -> None:
     """``name`` is of a block whose values are no longer, or not yet, of use."""
     room = _room(out, group, rows, name, memory, xp)
-    _bring(out, group, rows, xp.matmul(a, b, out=room), xp)
+    _bring(out, group, rows, stacked_product(a, b, xp, out=room), xp)
 
 
 def _plus(total: Array | None, a: Array, b: Array, xp: Namespace) -> Array:
     """total + a @ b, where there is a total."""
-    return a @ b if total is None else add_product(total, a, b, xp, out=total)
+    return stacked_product(a, b, xp) if total is None else add_product(total, a, b, xp, out=total)

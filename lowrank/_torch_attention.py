@@ -91,7 +91,7 @@ class _ByKernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, y = (q - centre) * scale, (z - centre) * scale
         sums = _fused_attention.transposed_product(x, y, v)
-        weights = _attend.applied(core, system, sums)
+        weights = _attend.applied(core, system, sums, xp)
         return _fused_attention.product(x, y, weights), sums, weights
 
     @staticmethod
@@ -110,7 +110,7 @@ class _ByKernels:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, y = (q - centre) * scale, (z - centre) * scale
         w_bar = _fused_attention.transposed_product(x, y, g)
-        sigma_bar = _attend.applied(core.mT if system is None else core, system, w_bar)
+        sigma_bar = _attend.applied(core.mT if system is None else core, system, w_bar, xp)
         x_bar, y_bar, v_bar = _fused_attention.cotangents(x, y, v, g, weights, sigma_bar)
         return scale * x_bar, scale * y_bar, v_bar, _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank._array import arithmetic, is_integer, is_on_cpu, is_traced, namespace, number, shown
+from lowrank._array import arithmetic, is_integer, is_on_cpu, is_traced, is_transformed, namespace, number, shown
 from lowrank._attend import gaussian_block
 from lowrank._torch_attention import gaussian_product
 from lowrank.attention import _check_options, softmax_free_attention
@@ -233,7 +233,7 @@ class SoftmaxFreeAttention(nn.Module):
         )  # (B, heads, N, d)
         out = out.transpose(1, 2).flatten(2)  # (B, N, dim)
         if self.value_conv is not None:
-            out = out + self._convolved(v, size, self.value_conv.weight)
+            out = _plus(self._convolved(v, size, self.value_conv.weight), out)
         out = self.proj(out)
         return out if mask is None or queries is not None else out.masked_fill(~mask.unsqueeze(2), 0)
 
@@ -306,10 +306,14 @@ class SoftmaxFreeAttention(nn.Module):
         Its cells do not overlap: it is a product with what they hold. Heads as so many images of a strided convolution
         take two to three times as long on a CPU.
         """
-        for axis in range(1, image.ndim - 1):
-            image = image.unfold(axis, self.stride, self.stride)
-        cells = image.unflatten(self.spatial_dims + 1, (self.num_heads, self.head_dim))  # (B, *L, heads, d, *r)
-        cells = cells.movedim(self.spatial_dims + 2, -1).flatten(self.spatial_dims + 2).flatten(1, self.spatial_dims)
+        dims, r = self.spatial_dims, self.stride
+        for axis in range(1, 2 * dims, 2):  # (B, *(L, r), dim); to unfold is the same, but slow on its way back
+            cells = image.shape[axis] // r
+            image = image.narrow(axis, 0, cells * r).unflatten(axis, (cells, r))
+        image = image.unflatten(-1, (self.num_heads, self.head_dim))
+        places, within = range(1, 2 * dims, 2), range(2, 2 * dims + 1, 2)
+        cells = image.permute(0, *places, 2 * dims + 1, *within, 2 * dims + 2)  # (B, *L, heads, *r, d)
+        cells = cells.flatten(dims + 2).flatten(1, dims)
         return F.linear(cells, self.landmark_conv.weight.movedim(1, -1).flatten(1))
 
     def _whole_cells(self, mask: Tensor) -> Tensor:
@@ -461,6 +465,13 @@ def gaussian_attention(q: Tensor, v: Tensor, /, *, lengthscale: float | None = N
     with arithmetic(q):
         x = (q.to(working) - q.to(working).mean(-2, keepdim=True)) / ell
         return gaussian_product(x, x, v.to(working)).to(q.dtype)
+
+
+def _plus(fresh: Tensor, x: Tensor) -> Tensor:
+    """The sum, in the memory of the first, which nobody else has, where nothing follows what happens to it."""
+    if torch.is_grad_enabled() or fresh.dtype != x.dtype or is_traced(fresh, x) or is_transformed(fresh, x):
+        return fresh + x
+    return fresh.add_(x)
 
 
 def _is_integer_or_scalar(value: Any) -> bool:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from timm.layers import Mlp
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 DIM = 6
 
@@ -47,6 +48,90 @@ def test_values_and_gradients_are_those_of_the_layer(shape, dtype, rows):
         torch.testing.assert_close(found, expected, rtol=0, atol=500 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("shape", [(8,), (2, 4), (0,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_input_can_be_added(shape, dtype, rows):
+    ours, theirs = pair(dtype)
+    x = tokens(*shape, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.plus_input(x), x + theirs(x), rtol=0, atol=30 * torch.finfo(dtype).eps)
+    found = torch.nn.ModuleList([ours])  # a module of the same parameters
+    found.forward = ours.plus_input
+    expected = torch.nn.ModuleList([theirs])
+    expected.forward = lambda x: x + theirs(x)
+    for a, b in zip(gradients(found, x), gradients(expected, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=500 * torch.finfo(dtype).eps)
+    assert torch.autograd.gradgradcheck(pair()[0].plus_input, tokens(3).requires_grad_())
+
+
+ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
+BFLOAT16 = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="oneDNN computes in bfloat16 on some processors only",
+)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(str(func).split(".")[1])
+        return func(*args, **(kwargs or {}))
+
+
+@ONEDNN
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("numbers", [1, 3 * 4 * DIM, 2**21], ids=["row", "rows", "all"])
+def test_bias_and_activation_in_the_products_pass(approximate, numbers, monkeypatch):
+    """Where nothing is to be differentiated: one token at a time, three of eight, all."""
+    monkeypatch.setattr(mlp, "FUSED", numbers)
+    torch.manual_seed(0)
+    layer, x = mlp.TokenMlp(DIM, approximate=approximate), tokens(2, 4, dtype=torch.float32)
+    theirs = Mlp(DIM, 4 * DIM, act_layer=lambda: torch.nn.GELU(approximate))
+    theirs.load_state_dict(layer.state_dict())
+    expected = theirs.double()(x.double()).float().detach()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, Operators() as operators:
+        found = layer(x)
+    assert operators.seen & {"_linear_pointwise"}
+    assert counter.get_total_flops() == 2 * 8 * 2 * DIM * 4 * DIM
+    torch.testing.assert_close(found, expected, rtol=0, atol=30 * 2.0**-23)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        torch.testing.assert_close(layer.plus_input(x), x + expected, rtol=0, atol=30 * 2.0**-23)
+    assert counter.get_total_flops() == 2 * 8 * 2 * DIM * 4 * DIM
+    frozen = layer.requires_grad_(False)
+    assert torch.equal(frozen(x), found)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with Operators() as operators:
+        torch.testing.assert_close(frozen(x), found, rtol=0, atol=30 * 2.0**-23)
+    assert not operators.seen & {"_linear_pointwise"}
+
+
+@BFLOAT16
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_as_right_as_torchs(autocast):
+    layer, theirs = pair(torch.float32)
+    x = tokens(200, dtype=torch.float32)
+    exact = theirs.double()(x.double()).detach()
+    theirs = theirs.float()
+    with torch.no_grad():
+        if autocast:
+            with torch.autocast("cpu", torch.bfloat16), Operators() as operators:
+                found, expected, added = layer(x), theirs(x), layer.plus_input(x)
+            assert added.dtype == torch.float32
+            assert torch.equal(added, x + found)
+        else:
+            with Operators() as operators:
+                found, expected = (module.bfloat16()(x.bfloat16()) for module in (layer, theirs))
+    assert operators.seen & {"_linear_pointwise"}
+    assert found.dtype == torch.bfloat16
+    ours, torchs = (torch.linalg.norm(y.double() - exact) for y in (found, expected))
+    assert ours <= 1.1 * torchs  # the activation is rounded once, and not before it as well
+
+
 def test_strides_of_tokens_and_cotangents_do_not_matter(rows):
     ours, theirs = pair()
     x = tokens(4, 2).transpose(0, 1)
@@ -63,7 +148,7 @@ def test_derivatives_against_differences_once_and_twice(rows):
     assert torch.autograd.gradgradcheck(ours, x)
     torch.manual_seed(3)
     weights = [torch.randn_like(p, requires_grad=True) for p in ours.parameters()]
-    assert torch.autograd.gradgradcheck(mlp._ByRows.apply, (x, *weights, True))
+    assert torch.autograd.gradgradcheck(mlp._ByRows.apply, (x, *weights, True, False))
 
 
 def test_many_cotangents_at_once(rows):

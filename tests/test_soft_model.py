@@ -173,6 +173,30 @@ def test_norm_model_predictions_do_not_depend_on_batch_mates(published):
     torch.testing.assert_close(other[:1], alone, rtol=0, atol=scale)
 
 
+def test_norms_are_part_of_the_filters_where_nothing_is_differentiated():
+    """Where the filters are fewer numbers than what they make."""
+    torch.manual_seed(0)
+    embed = soft.PatchEmbed(*soft.conv_norm_relu(3, 8, 2), *soft.conv_norm_relu(8, 16, 1)).double()
+    for norm in (embed[1], embed[4]):
+        for x in (norm.weight.data, norm.bias.data, norm.running_mean):
+            x.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    seen = []
+    for norm in (embed[1], embed[4]):
+        norm.forward = lambda x, norm=norm: seen.append(norm) or torch.nn.BatchNorm2d.forward(norm, x)
+    embed.eval()
+    for side, norms in ((20, []), (12, [embed[4]]), (2, [embed[1], embed[4]])):
+        x = images(1, side, side)  # 8·(side/2)² numbers of 216 filter weights, and 16·(side/2)² of 1152
+        expected = embed(x)
+        seen.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(embed(x), expected.detach(), rtol=0, atol=1e-13)
+        assert seen == norms
+    embed[1] = torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(embed(x), embed(x.requires_grad_()))
+
+
 @pytest.mark.parametrize("size", [(256, 256), (300, 500), (40, 40)], ids=str)
 def test_patches_are_embedded_a_few_images_at_a_time_where_nothing_is_differentiated(size):
     torch.manual_seed(0)
@@ -510,7 +534,7 @@ def test_features_for_downstream_tasks(stage4):
         for tokens, y in zip(whole.forward_stages(x), maps, strict=True):
             assert torch.equal(tokens[:, -y[0, 0].numel() :], y.flatten(2).mT)
         final, (last,) = whole.forward_intermediates(x, indices=1, norm=True)
-    assert torch.equal(final, whole.forward_features(x))
+        assert torch.equal(final, whole.forward_features(x))
     assert torch.equal(last.flatten(2).mT, final[:, -15:])
 
 

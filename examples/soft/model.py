@@ -9,7 +9,7 @@ with the image, and drop path drops whole samples. ``trained="official"`` takes 
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from attentions import HEAD_DIM, ClassTokenAttention, build_attention
 from mlp import TokenMlp, has_hooks
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -72,6 +72,9 @@ class PostNormBlock(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         x = self.norm1(x + self.drop_path(self.attn(x, size)))  # (B, N, C)
+        drops = self.training and self.drop_path.drop_prob
+        if type(self.mlp) is TokenMlp and type(self.drop_path) is DropPath and not drops and not has_hooks(self.mlp):
+            return self.norm2(self.mlp.plus_input(x))  # (B, N, C)
         return self.norm2(x + self.drop_path(self.mlp(x)))  # (B, N, C)
 
 
@@ -83,7 +86,7 @@ class PreNormBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = ClassTokenAttention(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, 4 * dim)
+        self.mlp = TokenMlp(dim, approximate="none")
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -100,7 +103,8 @@ def conv_norm_relu(in_chans: int, out_chans: int, stride: int) -> list[nn.Module
 
 class PatchEmbed(nn.Sequential):
     """Convolutions, norms and activations of images (B, C, H, W), on a CPU a few images at a time where nothing is to
-    be differentiated, counted or seen, so that what lies between the layers stays in the cache."""
+    be differentiated, counted or seen, so that what lies between the layers stays in the cache, and with the norms in
+    the filters."""
 
     PIXELS = 2**17
 
@@ -109,10 +113,26 @@ class PatchEmbed(nn.Sequential):
         counted = any(layer.training or has_hooks(layer) for layer in self)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or image.device.type != "cpu" or counted:
             return super().forward(image)
-        count = max(1, self.PIXELS // max(1, math.prod(image.shape[2:])))
-        if len(image) <= count:
-            return super().forward(image)
-        return torch.cat([super(PatchEmbed, self).forward(images) for images in image.split(count)])
+        layers, parts = self._folded(image), []
+        for part in image.split(max(1, self.PIXELS // max(1, math.prod(image.shape[2:])))):
+            for layer in layers:
+                part = layer(part)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _folded(self, image: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """The layers, batch norms being part of the convolution before them where its filters are fewer numbers than
+        what it makes."""
+        layers, pixels = list(self), image[:, 0].numel()
+        for i, (conv, norm) in enumerate(itertools.pairwise(self)):
+            if type(conv) is nn.Conv2d:
+                pixels //= math.prod(conv.stride)
+                known = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
+                if known and conv.weight.numel() < pixels * conv.out_channels:
+                    statistics = norm.running_mean, norm.running_var, norm.eps
+                    folded = nn.utils.fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
+                    layers[i : i + 2] = partial(conv._conv_forward, weight=folded[0], bias=folded[1]), nn.Identity()
+        return layers
 
 
 class Stage(nn.Module):
@@ -147,7 +167,9 @@ class Stage(nn.Module):
 
     def positions(self, size: tuple[int, int]) -> Tensor:
         """Position embeddings of an H × W image, (1, N, C) or, after the class token's, (1, 1 + N, C)."""
-        # Of its own size as well, for which this is the identity: an exported program must not depend on which it is.
+        # An exported program must not depend on which size it is.
+        if not torch.compiler.is_compiling() and size == self.grid:
+            return self.pos_embed
         slots = 0 if self.cls_token is None else 1
         image = self.pos_embed[:, slots:].transpose(1, 2).unflatten(2, self.grid)  # (1, C, H₀, W₀)
         image = F.interpolate(image, size=size, mode="bilinear", align_corners=False)  # (1, C, H, W)
