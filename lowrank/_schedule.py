@@ -149,13 +149,14 @@ def _shown(value: Any) -> str:
 
 
 @remembered
-def plan(low: float, high: float, tolerance: float) -> Plan:
-    """The steps of fewest products from [low, high] into [1 − tolerance, 1 + tolerance]."""
+def plan(low: float, high: float, tolerance: float, largest: int = 9) -> Plan:
+    """The steps of fewest products from [low, high] into [1 − tolerance, 1 + tolerance], of orders up to ``largest``,
+    which is 3 or 9."""
     if max(1 - low, high - 1) <= tolerance:
         return Plan((), low, high, 0)
     growth = math.acosh(1 / tolerance) / _acosh_of_inverse(low, high)
     # Candidates in the order of their products; the floor may take a little from what the orders promise.
-    for products, orders in _compositions(math.ceil(math.log(max(growth, 2), 9)) + 1):
+    for products, orders in _compositions(math.ceil(math.log(max(growth, 2), largest)) + 1, largest):
         if math.prod(orders) >= 0.99 * growth:
             found = _run(orders, low, high)
             if max(1 - found.low, found.high - 1) <= tolerance:
@@ -164,10 +165,12 @@ def plan(low: float, high: float, tolerance: float) -> Plan:
 
 
 @remembered
-def _compositions(longest: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Non-increasing sequences of orders, with their products, cheapest first."""
+def _compositions(longest: int, largest: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Non-increasing sequences of orders, of the largest so many and of others a few, with their products, cheapest
+    first."""
     found = []
-    for nines, fives, threes, twos in itertools.product(range(longest + 1), range(3), range(4), range(3)):
+    most = (longest + 1, 3, 4, 3) if largest == 9 else (1, 1, longest + 1, 3)
+    for nines, fives, threes, twos in itertools.product(*map(range, most)):
         orders = (9,) * nines + (5,) * fives + (3,) * threes + (2,) * twos
         found.append((sum(PRODUCTS[d] for d in orders), orders))
     return tuple(sorted((f for f in found if f[1]), key=lambda f: (f[0], -math.prod(f[1]))))

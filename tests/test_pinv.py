@@ -362,11 +362,12 @@ def test_a_declared_bound_and_tolerance(tol, condition, xp: Backend):
 
 
 def test_a_tolerance_saves_products():
+    """Of steps whose sums are in the passes of products; with passes of their own, 11 products would do."""
     a = gaussian_gram(np.random.default_rng(0).standard_normal((4, 49, 8)))
     options = {"hermitian": True, "ridge": 0.01, "upper": 49.0, "return_info": True}
     products = [int(pinv_newton(a, **options, tol=tol)[1].products[0]) for tol in (0.1, 5e-3, 1e-6)]
     assert products == sorted(products)
-    assert products[1] <= 11
+    assert products[1] <= 14
 
 
 def test_a_bound_shortens_the_schedule_of_a_traced_program():
