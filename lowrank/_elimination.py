@@ -39,7 +39,7 @@ _SMALLEST, _MOST_LEVELS = 16, 4
 # Numbers in a chunk of the batch: calls for small blocks cost more than what they no longer find in the cache.
 CHUNK = 1 << 20
 # Multiplications in a product of all matrices, below which an inverse that need not be exact takes less time otherwise.
-_FEWEST = 1 << 23
+_FEWEST = 1 << 24
 # After elimination in double precision, whose residual of κ²·eps/10 this squares.
 _LAST = Step(1.0, (1.0, 1.0))
 # Above these tr P/ridge ≥ κ that residual would show: in single precision, and after the last step.

@@ -308,8 +308,10 @@ class SoftmaxFreeAttention(nn.Module):
         """
         dims, r = self.spatial_dims, self.stride
         for axis in range(1, 2 * dims, 2):  # (B, *(L, r), dim); to unfold is the same, but slow on its way back
-            cells = image.shape[axis] // r
-            image = image.narrow(axis, 0, cells * r).unflatten(axis, (cells, r))
+            cells, rest = divmod(image.shape[axis], r)
+            if is_traced(image) or rest:
+                image = image.narrow(axis, 0, cells * r)
+            image = image.unflatten(axis, (cells, r))
         image = image.unflatten(-1, (self.num_heads, self.head_dim))
         places, within = range(1, 2 * dims, 2), range(2, 2 * dims + 1, 2)
         cells = image.permute(0, *places, 2 * dims + 1, *within, 2 * dims + 2)  # (B, *L, heads, *r, d)

@@ -85,7 +85,7 @@ class Operators(TorchDispatchMode):
 
 @ONEDNN
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-@pytest.mark.parametrize("numbers", [1, 3 * 4 * DIM, 2**21], ids=["row", "rows", "all"])
+@pytest.mark.parametrize("numbers", [1, 3 * 4 * DIM, 2**22], ids=["row", "rows", "all"])
 def test_bias_and_activation_in_the_products_pass(approximate, numbers, monkeypatch):
     """Where nothing is to be differentiated: one token at a time, three of eight, all."""
     monkeypatch.setattr(mlp, "FUSED", numbers)
