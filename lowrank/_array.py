@@ -299,6 +299,17 @@ def solve_cholesky(lower: Array, b: Array) -> Array:
     return torch.cholesky_solve(b, lower)
 
 
+def sum_in_place(fresh: Array, x: Array) -> Array:
+    """x + fresh of torch tensors of one shape, in the memory of ``fresh``, which nobody else has, or of its cast to the
+    dtype of x, where nothing follows what happens to it."""
+    import torch
+
+    followed = torch.is_grad_enabled() or is_traced(fresh, x) or is_transformed(fresh, x)
+    if followed or torch.result_type(fresh, x) != x.dtype:
+        return x + fresh
+    return fresh.to(x.dtype).add_(x)
+
+
 def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
     """NumPy's rule, for sizes that may be symbols of a traced program. Raises ``ValueError``."""
     rank = max(map(len, shapes), default=0)

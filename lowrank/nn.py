@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank._array import arithmetic, is_integer, is_on_cpu, is_traced, is_transformed, namespace, number, shown
+from lowrank._array import arithmetic, is_integer, is_on_cpu, is_traced, namespace, number, shown, sum_in_place
 from lowrank._attend import gaussian_block
 from lowrank._torch_attention import gaussian_product
 from lowrank.attention import _check_options, softmax_free_attention
@@ -233,7 +233,7 @@ class SoftmaxFreeAttention(nn.Module):
         )  # (B, heads, N, d)
         out = out.transpose(1, 2).flatten(2)  # (B, N, dim)
         if self.value_conv is not None:
-            out = _plus(self._convolved(v, size, self.value_conv.weight), out)
+            out = sum_in_place(self._convolved(v, size, self.value_conv.weight), out)
         out = self.proj(out)
         return out if mask is None or queries is not None else out.masked_fill(~mask.unsqueeze(2), 0)
 
@@ -467,13 +467,6 @@ def gaussian_attention(q: Tensor, v: Tensor, /, *, lengthscale: float | None = N
     with arithmetic(q):
         x = (q.to(working) - q.to(working).mean(-2, keepdim=True)) / ell
         return gaussian_product(x, x, v.to(working)).to(q.dtype)
-
-
-def _plus(fresh: Tensor, x: Tensor) -> Tensor:
-    """The sum, in the memory of the first, which nobody else has, where nothing follows what happens to it."""
-    if torch.is_grad_enabled() or fresh.dtype != x.dtype or is_traced(fresh, x) or is_transformed(fresh, x):
-        return fresh + x
-    return fresh.add_(x)
 
 
 def _is_integer_or_scalar(value: Any) -> bool:

@@ -641,3 +641,23 @@ def test_export_keeps_batch_and_size_open(tmp_path):
         for result in results:
             # Some ten layers of float32, each right to a few eps; the cores are solved, so that their condition is out.
             torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_sums_in_place_leave_what_others_hold_alone():
+    """Inputs, and what hooks have seen, are as they were; with and without hooks the outputs are the same."""
+    model = little().eval()
+    block = model.stages[0].blocks[0]
+    x = torch.randn(2, 64, 32, dtype=torch.float64)
+    given, kept = x.clone(), []
+    with torch.no_grad():
+        expected = block(x, (8, 8))
+        for module in (block.attn, block.attn.proj, block.mlp):
+            handle = module.register_forward_hook(lambda module, inputs, result: kept.append((result, result.clone())))
+            torch.testing.assert_close(block(x, (8, 8)), expected)
+            handle.remove()
+        block.attn = torch.nn.Identity()  # which gives its input back
+        block.attn.forward = lambda x, size: x
+        block(x, (8, 8))
+    assert torch.equal(x, given)
+    assert len(kept) == 3
+    assert all(torch.equal(y, copy) for y, copy in kept)

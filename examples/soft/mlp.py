@@ -19,7 +19,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from lowrank._array import is_traced, is_transformed
+from lowrank._array import is_traced, is_transformed, sum_in_place
 
 # GELU(u) = u(1 + tanh(βu/2 + βγu³/2))/2 = uσ(βu + βγu³) (D. Hendrycks & K. Gimpel, arXiv 1606.08415, section 2).
 _BETA, _GAMMA = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -50,7 +50,7 @@ class TokenMlp(Mlp):
             if not recorded and (dtype := _fused_dtype(*arrays)):
                 alike = residual and x.dtype == dtype
                 out = _fused(*(y.to(dtype) for y in arrays), self.act.approximate, residual=alike)
-                return x + out if residual and not alike else out
+                return sum_in_place(out, x) if residual and not alike else out
             plain = x.dtype in (torch.float32, torch.float64) and all(y.dtype == x.dtype for y in arrays)
             if plain and self.act.approximate == "tanh" and not torch.is_autocast_enabled("cpu"):
                 return _ByRows.apply(*arrays, torch.is_grad_enabled(), residual)

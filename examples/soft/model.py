@@ -23,6 +23,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lowrank._array import is_traced, is_transformed, sum_in_place
+from lowrank.nn import SoftmaxFreeAttention
+
 # Arguments of Soft by name. Parameters, counted: 13.07, 38.86, 45.81, 64.70 and 87.11 million. (The papers give 24 M
 # for "small"; the authors' code builds 38.86 M.)
 CONFIGS = {
@@ -71,9 +74,12 @@ class PostNormBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        x = self.norm1(x + self.drop_path(self.attn(x, size)))  # (B, N, C)
-        drops = self.training and self.drop_path.drop_prob
-        if type(self.mlp) is TokenMlp and type(self.drop_path) is DropPath and not drops and not has_hooks(self.mlp):
+        seen = torch.compiler.is_compiling() or any(map(has_hooks, self.modules()))
+        known = not seen and type(self.drop_path) is DropPath
+        y = self.drop_path(self.attn(x, size))  # (B, N, C)
+        # What the library's attention has just made is nobody else's.
+        x = self.norm1(sum_in_place(y, x) if known and type(self.attn) is SoftmaxFreeAttention else x + y)
+        if known and type(self.mlp) is TokenMlp and not (self.training and self.drop_path.drop_prob):
             return self.norm2(self.mlp.plus_input(x))  # (B, N, C)
         return self.norm2(x + self.drop_path(self.mlp(x)))  # (B, N, C)
 
@@ -111,7 +117,8 @@ class PatchEmbed(nn.Sequential):
     def forward(self, image: Tensor) -> Tensor:
         image = image.contiguous(memory_format=torch.channels_last)
         counted = any(layer.training or has_hooks(layer) for layer in self)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or image.device.type != "cpu" or counted:
+        followed = torch.is_grad_enabled() or is_traced(image) or is_transformed(image)
+        if followed or image.device.type != "cpu" or counted:
             return super().forward(image)
         layers, parts = self._folded(image), []
         for part in image.split(max(1, self.PIXELS // max(1, math.prod(image.shape[2:])))):
