@@ -103,17 +103,19 @@ def _approximation(a: Array, *, ridge: float, upper: Any, tol: float, xp: Namesp
     # What is beyond these numbers is beyond any arithmetic, and has no logarithm.
     condition, tol = min(1 + upper / ridge, _LARGEST), max(tol, _SMALLEST)
     chosen, powers = _approximate_plan(_CLASS ** math.ceil(math.log(condition, _CLASS)), tol)
-    # A power of two, by which multiplication is exact, that brings P to the size of I.
-    scale = 2.0 ** -math.ceil(math.log2(upper + ridge))
+    # A power of two, by which multiplication is exact, that brings P to the size of I. (upper + ridge may overflow.)
+    scale = 2.0 ** min(1 - math.frexp(max(upper, ridge))[1], 1000)
     p = add_to_diagonal(scale * a, scale * ridge, xp)
     (c0, *others), *rest = powers
     # From a multiple of I, in powers of P alone.
-    unit = 1 / (scale * (upper + ridge))
-    x = _sum_of_powers(p, [unit ** (k + 2) * c for k, c in enumerate(others)], xp)
-    x = add_to_diagonal(x, unit * c0, xp)
+    start = 1 / (scale * (upper + ridge))
+    x = _sum_of_powers(p, [start ** (k + 2) * c for k, c in enumerate(others)], xp)
+    x = add_to_diagonal(x, start * c0, xp)
     for c0, *others in rest:
         x = add_product(x, _sum_of_powers(stacked_product(x, p, xp), others, xp), x, xp, beta=c0)
     valid = xp.reshape(_inverts(x, p, xp, tol), batch)
+    if ridge * float(xp.finfo(p.dtype).max) < 1:
+        valid = xp.zeros_like(valid)  # what X may hold overflows
     x = xp.reshape(scale * x, (*batch, *x.shape[-2:]))
     zero = xp.zeros(batch, dtype=real_dtype(p, xp), device=device(p))
     # The first takes neither E nor S·X; P is tried with one.

@@ -361,6 +361,15 @@ def test_a_declared_bound_and_tolerance(tol, condition, xp: Backend):
             assert np.all(to_host(info.bound) <= tol)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("upper", "ridge"), [(1e308, 1e308), (5e-324, 5e-324), (1e-310, 1e-320), (1e300, 1e-300)])
+def test_bounds_beyond_the_numbers_are_answered(upper, ridge, dtype):
+    a = np.diag(np.asarray([min(upper, 1e37)] * 3, dtype=dtype))
+    x, info = pinv_newton(a, hermitian=True, ridge=ridge, upper=upper, tol=0.01, return_info=True)
+    assert np.isnan(x).all()
+    assert not info.finite
+
+
 def test_a_tolerance_saves_products():
     """Of steps whose sums are in the passes of products; with passes of their own, 11 products would do."""
     a = gaussian_gram(np.random.default_rng(0).standard_normal((4, 49, 8)))
