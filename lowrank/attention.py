@@ -149,7 +149,7 @@ def softmax_free_attention(
         usual = inverse is None and ridge > 0 and landmark_mask is None and queries is None and not normalize
         if usual and _is_in_blocks(x, z, v):
             core, system = _gram_core(stop_gradient((z - c) * scale), ridge, method, xp)
-            out = _in_blocks(x, z, v, core, system, c, scale, ridge, xp)
+            out = _attended(x, z, v, core, system, c, scale, xp, ridge=ridge)
         else:
             core, system = _core((z - c) * scale, landmark_mask, ridge, normalize, method, inverse, xp)
             if queries is None:
@@ -276,37 +276,18 @@ def _attended(
     centre: Array,
     scale: float,
     xp: Namespace,
+    *,
+    ridge: float | None = None,
 ) -> Array:
     """X for q (..., n, d), z (..., m, d), v (..., n, e), M and P (..., m, m), or M alone, and centre (..., 1, d).
 
-    Where P is given M is a constant, and derivatives are those of P⁻¹.
+    Where P is given M is a constant, and derivatives are those of P⁻¹. Where ``ridge`` is given as well, which is for
+    blocks alone, P is k(z, z) + ridge·I without a history of derivatives, and its derivative is in that of z.
     """
     matrix = core.lower if isinstance(core, _attend.Factor) else core
-    if not _is_in_blocks(q, z, v, *(x for x in (matrix, centre, system) if x is not None)):
-        return _attend.plain(q, z, v, core, system, centre, scale, xp)
-    return _in_blocks(q, z, v, core, system, centre, scale, None, xp)
-
-
-def _is_in_blocks(q: Array, z: Array, v: Array, *others: Array) -> bool:
-    """Programs that are traced and derivatives other than the first, backward, want one expression."""
-    arrays = q, z, v, *others
-    return writes(q) and not is_traced(*arrays) and not is_transformed(*arrays) and min(*v.shape, z.shape[-2]) > 0
-
-
-def _in_blocks(
-    q: Array,
-    z: Array,
-    v: Array,
-    core: Array | _attend.Factor,
-    system: Array | None,
-    centre: Array,
-    scale: float,
-    ridge: float | None,
-    xp: Namespace,
-) -> Array:
-    """The same by ``_attend``. Where ``ridge`` is given, P is k(z, z) + ridge·I, and its derivative is in that of z."""
-    matrix = core.lower if isinstance(core, _attend.Factor) else core
     arrays = [x for x in (q, z, v, matrix, centre, system) if x is not None]
+    if not _is_in_blocks(q, z, v, *arrays[3:]):
+        return _attend.plain(q, z, v, core, system, centre, scale, xp)
     batch = broadcast_shapes(*(tuple(x.shape[:-2]) for x in arrays))
     heads = batch[-1] if batch else 1
 
@@ -326,6 +307,13 @@ def _in_blocks(
     else:
         out, _, _ = _attend.forward(q, z, v, core, system, centre, scale, xp)
     return out if len(batch) == 2 else xp.reshape(out, (*batch, *out.shape[-2:]))
+
+
+def _is_in_blocks(q: Array, z: Array, v: Array, *others: Array) -> bool:
+    """Whether C is formed by blocks: programs that are traced, and derivatives other than the first, backward, want one
+    expression."""
+    arrays = q, z, v, *others
+    return writes(q) and not is_traced(*arrays) and not is_transformed(*arrays) and min(*v.shape, z.shape[-2]) > 0
 
 
 def _attended_from(
