@@ -110,6 +110,13 @@ def test_bias_and_activation_in_the_products_pass(approximate, numbers, monkeypa
     assert not operators.seen & {"_linear_pointwise"}
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_tokens_of_another_width_are_refused_as_by_torch(recorded):
+    layer = mlp.TokenMlp(DIM)
+    with torch.set_grad_enabled(recorded), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.zeros(2, DIM + 1))
+
+
 @BFLOAT16
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_is_as_right_as_torchs(autocast):

@@ -45,7 +45,9 @@ class TokenMlp(Mlp):
 
     def _computed(self, x: Tensor, *, residual: bool) -> Tensor:
         arrays = x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        if not torch.compiler.is_compiling() and self._is_as_made() and _are_plain(*arrays):
+        as_made = not torch.compiler.is_compiling() and self._is_as_made()
+        # Of tokens that do not fit torch's layers have the clearer message.
+        if as_made and x.shape[-1:] == self.fc1.weight.shape[1:] and _are_plain(*arrays):
             recorded = torch.is_grad_enabled() and any(y.requires_grad for y in arrays)
             if not recorded and (dtype := _fused_dtype(*arrays)):
                 alike = residual and x.dtype == dtype
