@@ -14,14 +14,14 @@ linear         φ(q)(φ(q)ᵀv)/(φ(q)φ(q)ᵀ1), φ = elu + 1 (Katharopoulos et
 
 Queries serve as keys. They are 32 channels a head, laid out as a projection of tokens leaves them, from a fixed seed,
 and drift: a token is one of 64 places, in order, plus noise. The condition of A + 0.01·I is told; 4,901 is the most it
-can be. Times are of interleaved calls in one process, the first not counted unless there was time for no other. Memory
-is what one call adds to the resident set of a fresh process that has run the method at 256 tokens before (getrusage; it
-includes what libraries take for themselves, and below 1 MB means nothing), or on CUDA to the bytes torch has allocated;
-inputs are not in it, gradients are. Errors are relative, in the Frobenius norm, of the output or of the
-gradients in q and v, of one head, against the plain formula in float64, where the inverse is a solve: the textbook's
-error is that of its 20 steps. Methods of quadratic cost have theirs up to 4,096 tokens. A method stops where its next
-call is expected to exceed --budget or --memory. The table goes to stdout; slopes, fitted for one head from 4,096 tokens
-on, and ratios to stderr.
+can be. Times are of interleaved calls in one process, each right after another of its method, which is not counted,
+unless it takes two seconds or there was time for one only. Memory is what one call adds to the resident set of a fresh
+process that has run the method at 256 tokens before (getrusage; it includes what libraries take for themselves, and
+below 1 MB means nothing), or on CUDA to the bytes torch has allocated; inputs are not in it, gradients are. Errors are
+relative, in the Frobenius norm, of the output or of the gradients in q and v, of one head, against the plain formula in
+float64, where the inverse is a solve: the textbook's error is that of its 20 steps. Methods of quadratic cost have
+theirs up to 4,096 tokens. A method stops where its next call is expected to exceed --budget or --memory. The table goes
+to stdout; slopes, fitted for one head from 4,096 tokens on, and ratios to stderr.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ COMPARED = {"softmax": (512, 16384), "textbook": (3136,)}
 DIRECT = "donot_use_mm_for_euclid_dist"
 PASSES = ("forward", "+ backward")
 SEEN = 1e6  # bytes; less is not told from what the system does anyway
+BRIEF = 2.0  # seconds; a shorter call is made once before it is timed
 QUADRATIC = ("Gaussian", "softmax")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -230,7 +231,9 @@ def peak(run: Callable[[], object], device: str) -> int:
 def timed(calls: dict[str, Callable], used: dict[str, Callable], device: str, rounds: int, seconds: float) -> dict:
     """Rounds, median, spread, minimum and memory by name.
 
-    Calls are interleaved; after the first there are ``rounds`` of each, or as many as ``seconds`` for each hold.
+    Calls are interleaved; after the first there are ``rounds`` of each, or as many as ``seconds`` for each hold. What
+    lay idle for seconds while others ran is slow at first, as caches and a virtual machine's memory went to those:
+    where a call takes no longer than that, its turn is the second of two.
     ``used`` gives the memory, on a CPU in a process of its own, forked from one that has imported torch and no more.
     """
     names, times = list(calls), {name: [] for name in calls}
@@ -238,6 +241,8 @@ def timed(calls: dict[str, Callable], used: dict[str, Callable], device: str, ro
     for turn in range(1 + rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if turn == 0 or sum(times[name]) + min(times[name]) <= seconds:
+                if turn and min(times[name]) < BRIEF:
+                    calls[name]()
                 wait()
                 before = time.perf_counter()
                 calls[name]()

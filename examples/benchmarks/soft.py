@@ -12,13 +12,14 @@ softmax         Ours with ``attn="softmax"``: scaled_dot_product_attention, sepa
 
 First it is checked, in float32 and float64, that the outputs agree, and told how far each model's gradient in float32
 is off its own in float64, and the literal's off the derivative: −XᵀGXᵀ is none where 20 steps have not converged.
-All but the last hold the same weights. Forward is in evaluation mode and without gradients; backward
-in training mode, of the cross-entropy. Times are of interleaved calls, the first not counted unless there was time for
-no other; on a CPU every model is in a process of its own, as it will be for whoever uses it: in one process, memory
-that the largest model frees stays there and spares all others, and itself, what the system takes for new memory.
-Batches hold as many pixels as the first size's, at least one image. Memory is what one call, weights and gradients
-being there, adds to the resident set of a fresh process that has run the model on a small image before, or on CUDA to
-the bytes torch has allocated. GMACs are torch's count of the forward pass, of one image.
+All but the last hold the same weights. Forward is in evaluation mode and without gradients; backward in training mode,
+of the cross-entropy. Times are of interleaved calls, each right after another of its model, which is not counted,
+unless it takes two seconds or there was time for one only; on a CPU every model is in a process of its own, as it will
+be for whoever uses it: in one process, memory that the largest model frees stays there and spares all others, and
+itself, what the system takes for new memory. Batches hold as many pixels as the first size's, at least one image.
+Memory is what one call, weights and gradients being there, adds to the resident set of a fresh process that has run the
+model on a small image before, or on CUDA to the bytes torch has allocated. GMACs are torch's count of the forward pass,
+of one image.
 Ratios, of medians and of least times, are the literal's time over that of the row. A method stops where its next call
 is expected, from its GMACs, to exceed --budget or --memory. The table goes to stdout, all else to stderr.
 """
