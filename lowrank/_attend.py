@@ -193,7 +193,7 @@ def _groups(q: Array, z: Array) -> Iterator[tuple[tuple[slice, slice], list[slic
     batch, heads, n, _ = q.shape
     entries = _CPU_ENTRIES if is_on_cpu(q) else _GPU_ENTRIES
     most = max(1, entries // z.shape[-2])  # rows in a block, of all its batch elements
-    for images in _slices(batch, max(1, most // (n * heads))):
+    for images in _slices(batch, _share(batch, max(1, most // (n * heads)))):
         for some_heads in _slices(heads, _share(heads, max(1, most // n))):
             elements = len(range(batch)[images]) * len(range(heads)[some_heads])
             yield (images, some_heads), _slices(n, _share(n, max(1, most // elements)))

@@ -25,9 +25,9 @@ from lowrank._array import is_traced, is_transformed, sum_in_place
 _BETA, _GAMMA = 2 * math.sqrt(2 / math.pi), 0.044715
 # Rows of tokens that are taken at a time.
 ROWS = 1024
-# Numbers of the hidden layer that are taken at a time where nothing is to be differentiated. Of half as many the system
-# takes all memory back, time and again, and the model takes 1.05 to 1.1 times as long.
-FUSED = 2**22
+# Numbers of the hidden layer that are taken at a time where nothing is to be differentiated, 24 MiB in float32. What
+# blocks of 32 MiB hold, and with smaller ones whatever else is free, the system may take back after every call.
+FUSED = 3 * 2**21
 
 
 class TokenMlp(Mlp):
