@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank import pinv
+from lowrank._depthwise import depthwise_convolution
 from lowrank.nn import SoftmaxFreeAttention, gaussian_attention
 
 HEAD_DIM = 32
@@ -92,7 +93,7 @@ class Mixer(nn.Module, abc.ABC):
         out = self.attend(q, k, v, size).transpose(1, 2).flatten(2)  # (B, N, C)
         filters = self.value_conv.weight.repeat_interleave(HEAD_DIM, dim=0)  # (C, 1, k, k), one filter per head
         image = values.unflatten(1, size).movedim(-1, 1)  # (B, C, H, W)
-        image = F.conv2d(image, filters, padding=self.value_conv.padding, groups=self.dim)
+        image = depthwise_convolution(image, filters)
         return self.proj(out + image.movedim(1, -1).flatten(1, 2))  # (B, N, C)
 
 
