@@ -8,7 +8,13 @@ from lowrank import _depthwise
 from lowrank._depthwise import _ByColumns, depthwise_convolution
 from lowrank.nn import SoftmaxFreeAttention
 
+ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
 FILTERS = [(9, 9), (5, 5), (7, 7), (1, 5), (3, 7), (5, 3), (1, 1)]
+
+
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch):
+    monkeypatch.setattr(_depthwise, "_FEWEST", 1)
 
 
 def tensors(*, size=(11, 13), filters=(5, 5), dtype=torch.float64, channels=6, batch=2, last=True):
@@ -58,16 +64,22 @@ def rule(image, filters):
     return type(depthwise_convolution(image, filters).grad_fn).__name__
 
 
+@ONEDNN
 def test_the_rule_is_for_what_is_slow(monkeypatch):
     image, filters, _ = tensors(dtype=torch.float32)
     filters.requires_grad_()
     assert rule(image, filters) == "_ByColumnsBackward"
-    assert rule(image.bfloat16(), filters.detach().bfloat16().requires_grad_()) == "_ByColumnsBackward"
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert rule(image.bfloat16(), filters.detach().bfloat16().requires_grad_()) == "_ByColumnsBackward"
     assert rule(image.double(), filters.detach().double().requires_grad_()) == "ConvolutionBackward0"
     assert rule(image, filters[..., :3].detach().requires_grad_()) == "ConvolutionBackward0"
     assert rule(image.clone().requires_grad_(), filters.detach()) == "ConvolutionBackward0"
     with torch.no_grad():
         assert depthwise_convolution(image, filters).grad_fn is None
+    monkeypatch.setattr(_depthwise, "_FEWEST", image.numel() * 25 + 1)
+    assert rule(image, filters) == "ConvolutionBackward0"
+    monkeypatch.setattr(_depthwise, "_FEWEST", image.numel() * 25)
+    assert rule(image, filters) == "_ByColumnsBackward"
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert rule(image, filters) == "ConvolutionBackward0"
 
