@@ -301,6 +301,32 @@ def solve_cholesky(lower: Array, b: Array) -> Array:
     return torch.cholesky_solve(b, lower)
 
 
+def gradients_of(function: Callable[..., Array], inputs: tuple[Array, ...], g: Array, wants: tuple[bool, ...]) -> Any:
+    """For a cotangent g of function(*inputs), of torch tensors, the cotangents of those inputs that are wanted and None
+    for the others; to be differentiated again, or for many g at once."""
+    import torch
+
+    wanted = [x for x, wants_x in zip(inputs, wants, strict=True) if wants_x]
+    with torch.enable_grad():
+        out = function(*inputs)
+    found = iter(torch.autograd.grad(out, wanted, g, create_graph=torch.is_grad_enabled()))
+    return tuple(next(found) if wants_x else None for wants_x in wants)
+
+
+def onednn_dtype(*arrays: Array) -> Any:
+    """What oneDNN computes in with torch tensors on a CPU; None if it is not there, or not for what these are."""
+    import torch
+
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return None
+    dtypes, half = {x.dtype for x in arrays}, torch.bfloat16
+    if torch.is_autocast_enabled("cpu"):
+        dtypes = {torch.get_autocast_dtype("cpu")} if dtypes <= {torch.float32, half} else set()
+    if dtypes == {torch.float32} or (dtypes == {half} and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return dtypes.pop()
+    return None
+
+
 def sum_in_place(fresh: Array, x: Array) -> Array:
     """x + fresh of torch tensors of one shape, in the memory of ``fresh``, which nobody else has, or of its cast to the
     dtype of x, where nothing follows what happens to it."""

@@ -100,8 +100,7 @@ def _approximation(a: Array, *, ridge: float, upper: Any, tol: float, xp: Namesp
     """
     batch = a.shape[:-2]
     a = xp.reshape(a, (-1, *a.shape[-2:]))  # for sums in the pass of a product
-    # What is beyond these numbers is beyond any arithmetic, and has no logarithm.
-    # Nor is there less to do than one step.
+    # What is beyond these numbers is beyond any arithmetic, and has no logarithm; and one step is the least.
     condition, tol = min(1 + upper / ridge, _LARGEST), min(max(tol, _SMALLEST), 0.1)
     chosen, powers = _approximate_plan(_CLASS ** max(1, math.ceil(math.log(condition, _CLASS))), tol)
     # A power of two, by which multiplication is exact, that brings P to the size of I. (upper + ridge may overflow.)

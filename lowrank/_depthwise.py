@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank._array import is_traced, is_transformed
+from lowrank._array import gradients_of, is_traced, is_transformed, onednn_dtype
 
 # Columns of filters that oneDNN is quick with.
 _COLUMNS = 3
@@ -45,17 +45,13 @@ def _slow_dtype(image: Tensor, filters: Tensor) -> torch.dtype | None:
         return None
     if is_traced(image, filters) or is_transformed(image, filters):
         return None
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return None
-    dtypes = {image.dtype, filters.dtype}
-    if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:
-        dtypes = {torch.get_autocast_dtype("cpu")}
-    if dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return dtypes.pop()
-    return None
+    return onednn_dtype(image, filters)
 
 
 class _ByColumns(torch.autograd.Function):
+    """Torch's convolution with a gradient W̄[:, j : j + 3] of the filters for each j = 0, 3, …; G and the image moved by
+    j columns are all that it depends on."""
+
     @staticmethod
     def forward(ctx: Any, image: Tensor, filters: Tensor) -> Tensor:
         ctx.save_for_backward(image, filters)
@@ -65,7 +61,7 @@ class _ByColumns(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         image, filters = ctx.saved_tensors
         if torch.is_grad_enabled() or is_traced(g):
-            return _ByColumns.differentiable_backward(ctx, g)
+            return gradients_of(_convolved, (image, filters), g, ctx.needs_input_grad)
         image_bar = filters_bar = None
         (rows, columns), (_, margin) = filters.shape[2:], _margins(filters)
         if ctx.needs_input_grad[0]:
@@ -77,16 +73,6 @@ class _ByColumns(torch.autograd.Function):
                 parts.append(_gradient(g, moved, some, [rows // 2, 0], 1))
             filters_bar = torch.cat(parts, -1)
         return image_bar, filters_bar
-
-    @staticmethod
-    def differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """By torch's rule, to be differentiated again or for many cotangents at once."""
-        inputs = ctx.saved_tensors
-        wanted = [x for x, wants in zip(inputs, ctx.needs_input_grad, strict=True) if wants]
-        with torch.enable_grad():
-            out = _convolved(*inputs)
-        found = iter(torch.autograd.grad(out, wanted, g, create_graph=torch.is_grad_enabled()))
-        return tuple(next(found) if wants else None for wants in ctx.needs_input_grad)
 
 
 def _gradient(g: Tensor, image: Tensor, filters: Tensor, padding: list[int], which: int) -> Tensor:

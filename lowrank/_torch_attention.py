@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank import _attend, _fused_attention
-from lowrank._array import Namespace, arithmetic, identity, is_traced
+from lowrank._array import Namespace, arithmetic, gradients_of, identity, is_traced
 from lowrank._attend import Factor
 
 
@@ -62,17 +62,16 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """By the formula, to be differentiated again or for many cotangents at once."""
-        q, z, v, core, system, centre, *_ = ctx.saved_tensors
-        inputs = q, z, v, core, system
-        core = Factor(core) if ctx.factored else core
-        wanted = [x for x, wants in zip(inputs, ctx.needs_input_grad, strict=False) if wants]
-        with torch.enable_grad():
+        *inputs, centre, _, _ = ctx.saved_tensors
+
+        def plain(q: Tensor, z: Tensor, v: Tensor, core: Any, system: Tensor | None) -> Tensor:
             if ctx.ridge is not None:
                 a = _attend.gaussian_gram((z - centre) * ctx.scale, xp)
                 system = a + ctx.ridge * identity(a, xp)
-            out = _attend.plain(q, z, v, core, system, centre, ctx.scale, xp)
-        found = iter(torch.autograd.grad(out, wanted, g, create_graph=torch.is_grad_enabled()))
-        return *(next(found) if wants else None for wants in ctx.needs_input_grad[:5]), None, None, None
+            core = Factor(core) if ctx.factored else core
+            return _attend.plain(q, z, v, core, system, centre, ctx.scale, xp)
+
+        return *gradients_of(plain, tuple(inputs), g, ctx.needs_input_grad[:5]), None, None, None
 
 
 class _ByKernels:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from lowrank._array import arithmetic, is_traced
+from lowrank._array import arithmetic, gradients_of, is_traced
 from lowrank._differentials import cotangent, differential, distance_cotangent, distance_differential
 from lowrank._newton import textbook_steps
 from lowrank._schedule import constants
@@ -90,7 +91,8 @@ class TextbookSteps(torch.autograd.Function):
         x, a, kept = ctx.saved_tensors
         with arithmetic(x):
             if torch.is_grad_enabled() or is_traced(g):
-                return TextbookSteps.differentiable_backward(ctx, g)
+                steps = partial(textbook_steps, steps=len(kept) - 1, xp=xp)
+                return *gradients_of(steps, (x, a), g, ctx.needs_input_grad[:2]), None
             scale, a_bar = _power_of_two(g), torch.zeros_like(a)
             g = _flushed((g / scale).contiguous())
             new, e, h = torch.empty_like(g), *(x.new_empty(*x.shape[:-1], a.shape[-1]) for _ in range(2))
@@ -101,16 +103,6 @@ class TextbookSteps(torch.autograd.Function):
                 torch.baddbmm(g, e.mH, g, beta=2, alpha=-1, out=new)
                 g, new = _flushed(new.baddbmm_(h, a.mH, alpha=-1)), g
         return g * scale, a_bar * scale, None
-
-    @staticmethod
-    def differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """By the steps, to be differentiated again or for many cotangents at once."""
-        x, a, kept = ctx.saved_tensors
-        wanted = [y for y, wants in zip((x, a), ctx.needs_input_grad, strict=False) if wants]
-        with torch.enable_grad():
-            out = textbook_steps(x, a, len(kept) - 1, xp)
-        found = iter(torch.autograd.grad(out, wanted, g, create_graph=torch.is_grad_enabled()))
-        return *(next(found) if wants else None for wants in ctx.needs_input_grad[:2]), None
 
 
 def _power_of_two(g: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from lowrank._array import is_traced, is_transformed, sum_in_place
+from lowrank._array import gradients_of, is_traced, is_transformed, onednn_dtype, sum_in_place
 
 # GELU(u) = u(1 + tanh(βu/2 + βγu³/2))/2 = uσ(βu + βγu³) (D. Hendrycks & K. Gimpel, arXiv 1606.08415, section 2).
 _BETA, _GAMMA = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -49,7 +49,7 @@ class TokenMlp(Mlp):
         # Of tokens that do not fit torch's layers have the clearer message.
         if as_made and x.shape[-1:] == self.fc1.weight.shape[1:] and _are_plain(*arrays):
             recorded = torch.is_grad_enabled() and any(y.requires_grad for y in arrays)
-            if not recorded and (dtype := _fused_dtype(*arrays)):
+            if not recorded and (dtype := onednn_dtype(*arrays)):
                 alike = residual and x.dtype == dtype
                 out = _fused(*(y.to(dtype) for y in arrays), self.act.approximate, residual=alike)
                 return sum_in_place(out, x) if residual and not alike else out
@@ -72,18 +72,6 @@ def _are_plain(*arrays: Tensor) -> bool:
     if is_traced(*arrays) or is_transformed(*arrays):
         return False
     return all(type(y) in (Tensor, nn.Parameter) and y.device.type == "cpu" for y in arrays)
-
-
-def _fused_dtype(*arrays: Tensor) -> torch.dtype | None:
-    """What oneDNN is to compute in; None if it is not there, or not for what these are."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return None
-    dtypes, half = {y.dtype for y in arrays}, torch.bfloat16
-    if torch.is_autocast_enabled("cpu"):
-        dtypes = {torch.get_autocast_dtype("cpu")} if dtypes <= {torch.float32, half} else set()
-    if dtypes == {torch.float32} or (dtypes == {half} and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return dtypes.pop()
-    return None
 
 
 def _fused(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, approximate: str, *, residual: bool) -> Tensor:
@@ -138,7 +126,8 @@ class _ByRows(torch.autograd.Function):
     def backward(ctx, g):
         *inputs, u = ctx.saved_tensors
         if torch.is_grad_enabled() or is_traced(g):
-            return _ByRows.differentiable_backward(ctx, g)
+            formula = partial(_formula, residual=ctx.residual)
+            return *gradients_of(formula, tuple(inputs), g, ctx.needs_input_grad[:5]), None, None
         x, w1, b1, w2, _ = inputs
         x_bar, g = x.new_empty(x.shape), g.contiguous()
         w1_bar, b1_bar, w2_bar = (torch.zeros_like(y) for y in (w1, b1, w2))
@@ -158,16 +147,9 @@ class _ByRows(torch.autograd.Function):
             torch.addmm(g_, u_bar, w1, beta=int(ctx.residual), out=x_bar_)
         return x_bar, w1_bar, b1_bar, w2_bar, g.flatten(0, -2).sum(0), None, None
 
-    @staticmethod
-    def differentiable_backward(ctx, g):
-        """By the formula, to be differentiated again or for many cotangents at once."""
-        *inputs, _ = ctx.saved_tensors
-        x, w1, b1, w2, b2 = inputs
-        with torch.enable_grad():
-            out = F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2) + (x if ctx.residual else 0)
-        wanted = [y for y, wants in zip(inputs, ctx.needs_input_grad, strict=False) if wants]
-        found = iter(torch.autograd.grad(out, wanted, g, create_graph=torch.is_grad_enabled()))
-        return tuple(next(found) if wants else None for wants in ctx.needs_input_grad)
+
+def _formula(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, residual: bool) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2) + (x if residual else 0)
 
 
 def _sigmoid(u: Tensor, beta: Tensor, out: Tensor) -> Tensor:
