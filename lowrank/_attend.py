@@ -71,8 +71,9 @@ def plain(
     q: Array, z: Array, v: Array, core: Array | Factor, system: Array | None, centre: Array, scale: float, xp: Namespace
 ) -> Array:
     """The formula, all of C at once: for any library, any number of derivatives, any tracer."""
-    c = gaussian_block((q - centre) * scale, (z - centre) * scale, xp)
-    return c @ corrected(core, system, xp.matrix_transpose(c) @ v)
+    x, values = (xp.astype(y, z.dtype, copy=False) for y in (q, v))
+    c = gaussian_block((x - centre) * scale, (z - centre) * scale, xp)
+    return xp.astype(c @ corrected(core, system, xp.matrix_transpose(c) @ values), v.dtype, copy=False)
 
 
 def applied(core: Array | Factor, system: Array | None, sigma: Array, xp: Namespace) -> Array:
@@ -124,11 +125,11 @@ def inner_cotangent(system: Array | None, w_bar: Array, sigma_bar: Array, sigma:
 def forward(
     q: Array, z: Array, v: Array, core: Array | Factor, system: Array | None, centre: Array, scale: float, xp: Namespace
 ) -> tuple[Array, Array, Array]:
-    """X, σ and w for arrays of four axes and one batch shape (B, H)."""
+    """X, σ and w for arrays of four axes and one batch shape (B, H); X is of the dtype of v."""
     out = xp.empty_like(v)  # with the strides of v
     shape = (*v.shape[:2], z.shape[-2], v.shape[-1])
-    sums, weights = (xp.empty(shape, dtype=v.dtype, device=device(v)) for _ in range(2))
-    memory = _Memory(q, xp)
+    sums, weights = (xp.empty(shape, dtype=z.dtype, device=device(v)) for _ in range(2))
+    memory = _Memory(z, xp)
     for group, blocks in _groups(q, z):
         z_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, core, system, centre))
         v_ = _together(v, group, "v", memory, xp)
@@ -159,7 +160,7 @@ def backward(
 ) -> tuple[Array, Array, Array, Array]:
     """q̄, z̄, v̄, and M̄ or, where P is given, P̄, for the cotangent g of X."""
     q_bar, z_bar, v_bar, inner_bar = (xp.empty_like(x) for x in (q, z, v, core if system is None else system))
-    s2, memory = scale * scale, _Memory(q, xp)
+    s2, memory = scale * scale, _Memory(z, xp)
     for group, blocks in _groups(q, z):
         z_, core_, system_, c_, sigma, w = (_flat(x, group, xp) for x in (z, core, system, centre, sums, weights))
         v_, g_ = (_together(x, group, name, memory, xp) for x, name in ((v, "v"), (g, "g")))
@@ -220,7 +221,7 @@ class _Memory:
 
     def __init__(self, like: Array, xp: Namespace) -> None:
         self.new = functools.partial(new_memory, like, xp)
-        self.about = type(like), like.dtype
+        self.dtype, self.about = like.dtype, (type(like), like.dtype)
         self.of_call: dict[tuple[object, ...], Array] = {}
         self.of_thread = _kept.blocks if is_on_cpu(like) and is_plain(like) else self.of_call
         self.xp = xp
@@ -262,7 +263,12 @@ class _Blocks:
     def points(self, rows: slice, out: Array) -> Array:
         """The points q − centre, their batch elements on one axis, in the memory of ``out``."""
         points = self.q[:, :, rows, :]
-        self.xp.subtract(points, self.centre, out=self.xp.reshape(out, points.shape))
+        room = self.xp.reshape(out, points.shape)
+        if points.dtype == out.dtype:
+            self.xp.subtract(points, self.centre, out=room)
+        else:
+            room[...] = points
+            room -= self.centre
         return out
 
     def at(self, rows: slice, x: Array | None = None) -> Array:
@@ -290,10 +296,11 @@ def _flat(x: Any, group: tuple[slice, slice], xp: Namespace) -> Any:
 
 
 def _together(x: Array, group: tuple[slice, slice], name: str, memory: _Memory, xp: Namespace) -> Array:
-    """Rows of points, the batch elements of a group on one axis: a view, or a copy in the memory of that name."""
+    """Rows of points, the batch elements of a group on one axis: a view, or a copy in the memory of that name and in
+    its dtype."""
     part = x[(*group, ...)]
     shape = (part.shape[0] * part.shape[1], *part.shape[2:])
-    if 1 in part.shape[:2] or is_contiguous(part):
+    if part.dtype == memory.dtype and (1 in part.shape[:2] or is_contiguous(part)):
         return xp.reshape(part, shape)
     room = memory.take(name, shape)
     xp.reshape(room, part.shape)[...] = part
@@ -304,13 +311,17 @@ def _room(out: Array, group: tuple[slice, slice], rows: slice, name: str, memory
     """Where to write a part of ``out``, the batch elements on one axis: there, if that can be seen so, or aside."""
     part = out[(*group, rows, slice(None))]
     shape = (part.shape[0] * part.shape[1], *part.shape[2:])
-    return xp.reshape(part, shape) if is_contiguous(part) else memory.take(name, shape)
+    return xp.reshape(part, shape) if _is_room(part, memory.dtype) else memory.take(name, shape)
 
 
 def _bring(out: Array, group: tuple[slice, slice], rows: slice, values: Array, xp: Namespace) -> None:
     """What was written to the room for a part of ``out`` to where it belongs."""
-    if not is_contiguous(out[(*group, rows, slice(None))]):
+    if not _is_room(out[(*group, rows, slice(None))], values.dtype):
         _put(out, group, rows, values, xp)
+
+
+def _is_room(part: Array, dtype: Any) -> bool:
+    return part.dtype == dtype and is_contiguous(part)
 
 
 def _put(out: Array, group: tuple[slice, slice], rows: slice, values: Array, xp: Namespace) -> None:

@@ -89,9 +89,9 @@ class _ByKernels:
         xp: Namespace,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, y = (q - centre) * scale, (z - centre) * scale
-        sums = _fused_attention.transposed_product(x, y, v)
+        sums = _fused_attention.transposed_product(x, y, v.to(x.dtype))
         weights = _attend.applied(core, system, sums, xp)
-        return _fused_attention.product(x, y, weights), sums, weights
+        return _fused_attention.product(x, y, weights).to(v.dtype), sums, weights
 
     @staticmethod
     def backward(
@@ -108,10 +108,12 @@ class _ByKernels:
         xp: Namespace,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, y = (q - centre) * scale, (z - centre) * scale
+        values, g = v.to(x.dtype), g.to(x.dtype)
         w_bar = _fused_attention.transposed_product(x, y, g)
         sigma_bar = _attend.applied(core.mT if system is None else core, system, w_bar, xp)
-        x_bar, y_bar, v_bar = _fused_attention.cotangents(x, y, v, g, weights, sigma_bar)
-        return scale * x_bar, scale * y_bar, v_bar, _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
+        x_bar, y_bar, v_bar = _fused_attention.cotangents(x, y, values, g, weights, sigma_bar)
+        q_bar, v_bar = (scale * x_bar).to(q.dtype), v_bar.to(v.dtype)
+        return q_bar, scale * y_bar, v_bar, _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
 
 
 def gram_cotangent(z: Tensor, system: Tensor, system_bar: Tensor) -> Tensor:

@@ -136,14 +136,16 @@ def softmax_free_attention(
 
     result_dtype = q.dtype
     if is_half(q):
-        q, v, landmarks = (xp.astype(x, xp.float32) for x in (q, v, landmarks))
-        queries = None if queries is None else xp.astype(queries, xp.float32)
+        # Tokens are left to those who take them part by part.
+        landmarks = xp.astype(landmarks, xp.float32)
     with arithmetic(q):
         scale = 1.0
         if isinstance(ell, float):
             scale = 1 / ell
         else:
-            q, landmarks, queries = (None if x is None else x / ell for x in (q, landmarks, queries))
+            q, landmarks, queries = (
+                None if x is None else xp.astype(x, landmarks.dtype, copy=False) / ell for x in (q, landmarks, queries)
+            )
         z, x, v = _only(landmarks, landmark_mask, xp), _only(q, mask, xp), _only(v, mask, xp)
         c = _centre(z, landmark_mask, xp)
         usual = inverse is None and ridge > 0 and landmark_mask is None and queries is None and not normalize
@@ -155,7 +157,8 @@ def softmax_free_attention(
             if queries is None:
                 out = _attended(x, z, v, core, system, c, scale, xp)
             else:
-                asking, x, z = ((y - c) * scale for y in (queries, x, z))
+                asking, x, z = ((xp.astype(y, c.dtype, copy=False) - c) * scale for y in (queries, x, z))
+                v = xp.astype(v, c.dtype, copy=False)
                 out = _attended_from(asking, x, z, v, core, system, xp)
         out = out if queries is not None else _only(out, mask, xp)
     return xp.astype(out, result_dtype, copy=False)
@@ -281,6 +284,7 @@ def _attended(
 ) -> Array:
     """X for q (..., n, d), z (..., m, d), v (..., n, e), M and P (..., m, m), or M alone, and centre (..., 1, d).
 
+    q and v may be of half precision, and what is computed in the dtype of the others is of that of v again.
     Where P is given M is a constant, and derivatives are those of P⁻¹. Where ``ridge`` is given as well, which is for
     blocks alone, P is k(z, z) + ridge·I without a history of derivatives, and its derivative is in that of z.
     """

@@ -212,12 +212,13 @@ class SoftmaxFreeAttention(nn.Module):
         if mask is not None:
             self._check_mask(x, mask, queries)
             x = x.masked_fill(~mask.unsqueeze(2), 0)  # NaN in the padding would reach the weights' gradients
-        q, z, landmark_mask = self._queries_and_landmarks(x, size, mask)
+        tokens = self._as_multiplied(x)
+        q, z, landmark_mask = self._queries_and_landmarks(tokens, size, mask)
         asking = None if queries is None else self._split_heads(self.query(queries))
         self._check_range(x, q, z)
         if queries is not None:
             self._check_range(queries, asking, asking)
-        v = self.value(x)  # (B, N, dim)
+        v = self.value(tokens)  # (B, N, dim)
         if mask is not None:
             # All that takes a masked token out of the sums: its query is finite, W_q 0 + b, and so is its row of C.
             v = v.masked_fill(~mask.unsqueeze(2), 0)
@@ -237,6 +238,12 @@ class SoftmaxFreeAttention(nn.Module):
             out = sum_in_place(self._convolved(v, size, self.value_conv.weight), out)
         out = self.proj(out)
         return out if mask is None or queries is not None else out.masked_fill(~mask.unsqueeze(2), 0)
+
+    def _as_multiplied(self, x: Tensor) -> Tensor:
+        """x in the dtype that autocast has both projections take it in, once for the two."""
+        kind = x.device.type
+        plain = type(self.query) is type(self.value) is nn.Linear and x.dtype != torch.float64
+        return x.to(torch.get_autocast_dtype(kind)) if plain and torch.is_autocast_enabled(kind) else x
 
     @torch.no_grad()
     def landmark_attention(self, x: Tensor, size: int | tuple[int, ...] | None = None) -> Tensor:
