@@ -8,7 +8,8 @@ the result X = C w, a cotangent G of it, and H = C ∘ (G wᵀ + v σ̄ᵀ), the
 
 with q and z from any common origin; here it is near the landmarks (``centre``). Per entry of C that is d + 2e products
 and an exponential forward, 3d + 4e and an exponential back. w has to be known before X: where the points of a batch
-element need more blocks than are kept, the others are computed twice.
+element need more blocks than are kept, the others are computed twice. Where all of C is kept, and the thread has
+computed no other attention since, it is still there on the way back.
 
 An inverse M of P that carries rounding errors gives w with an error of cond(P)·eps of ‖M‖‖σ‖, while w itself is much
 smaller: σ is smooth, and M is large where A has its small eigenvalues. Where P is given, w solves P w = σ, by two
@@ -21,9 +22,11 @@ solve with it is as accurate, and needs no correction.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lowrank._array import (
@@ -129,11 +132,12 @@ def forward(
     out = xp.empty_like(v)  # with the strides of v
     shape = (*v.shape[:2], z.shape[-2], v.shape[-1])
     sums, weights = (xp.empty(shape, dtype=z.dtype, device=device(v)) for _ in range(2))
-    memory = _Memory(z, xp)
-    for group, blocks in _groups(q, z):
+    memory, groups = _Memory(z, xp), _groups(q, z)
+    places, whole = _places(z, groups, memory)
+    for (group, blocks), place in zip(groups, places, strict=True):
         z_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, core, system, centre))
         v_ = _together(v, group, "v", memory, xp)
-        block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, memory, xp)
+        block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, place, memory, xp)
         sigma = None
         for rows in blocks:
             sigma = _plus(sigma, xp.matrix_transpose(block.at(rows)), v_[:, rows, :], xp)
@@ -142,6 +146,8 @@ def forward(
             _put_product(out, group, rows, block.at(rows), w, "x0", memory, xp)
         _put(sums, group, slice(None), sigma, xp)
         _put(weights, group, slice(None), w, xp)
+    if whole:
+        memory.leave(weights)
     return out, sums, weights
 
 
@@ -160,12 +166,15 @@ def backward(
 ) -> tuple[Array, Array, Array, Array]:
     """q̄, z̄, v̄, and M̄ or, where P is given, P̄, for the cotangent g of X."""
     q_bar, z_bar, v_bar, inner_bar = (xp.empty_like(x) for x in (q, z, v, core if system is None else system))
-    s2, memory = scale * scale, _Memory(z, xp)
-    for group, blocks in _groups(q, z):
+    s2, memory, groups = scale * scale, _Memory(z, xp), _groups(q, z)
+    places, _ = _places(z, groups, memory)
+    for (group, blocks), place in zip(groups, places, strict=True):
         z_, core_, system_, c_, sigma, w = (_flat(x, group, xp) for x in (z, core, system, centre, sums, weights))
         v_, g_ = (_together(x, group, name, memory, xp) for x, name in ((v, "v"), (g, "g")))
         z_ = z_ - c_
-        block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, memory, xp)
+        block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, place, memory, xp)
+        if memory.left_for(weights):
+            block.held = list(blocks)
         w_bar = None
         for rows in blocks:
             x = block.points(rows, _room(q_bar, group, rows, block.name_of_points(rows), memory, xp))
@@ -189,15 +198,38 @@ def backward(
     return q_bar, z_bar, v_bar, inner_bar
 
 
-def _groups(q: Array, z: Array) -> Iterator[tuple[tuple[slice, slice], list[slice]]]:
+def _groups(q: Array, z: Array) -> list[tuple[tuple[slice, slice], list[slice]]]:
     """Batch elements whose part of C is a block, or one element, and the rows of its blocks."""
     batch, heads, n, _ = q.shape
     entries = _CPU_ENTRIES if is_on_cpu(q) else _GPU_ENTRIES
     most = max(1, entries // z.shape[-2])  # rows in a block, of all its batch elements
+    groups = []
     for images in _slices(batch, _share(batch, max(1, most // (n * heads)))):
         for some_heads in _slices(heads, _share(heads, max(1, most // n))):
             elements = len(range(batch)[images]) * len(range(heads)[some_heads])
-            yield (images, some_heads), _slices(n, _share(n, max(1, most // elements)))
+            groups.append(((images, some_heads), _slices(n, _share(n, max(1, most // elements)))))
+    return groups
+
+
+def _places(
+    z: Array, groups: list[tuple[tuple[slice, slice], list[slice]]], memory: _Memory
+) -> tuple[list[Array], bool]:
+    """Room for the blocks of C of each group, and whether each block of all groups has its own, for as long as the
+    thread computes no other attention.
+
+    Else groups have the same room, for each of their blocks but the last for all that find none of their own.
+    """
+    most, counts, sizes = _CPU_BLOCKS if is_on_cpu(z) else _GPU_BLOCKS, [], []
+    for (images, heads), blocks in groups:
+        elements = math.prod(len(range(n)[part]) for n, part in zip(z.shape[:2], (images, heads), strict=True))
+        sizes.append(elements * (blocks[0].stop if blocks else 0) * z.shape[-2])
+        counts.append(max(1, min(len(blocks), most)))
+    apart = sum(len(blocks) for _, blocks in groups) <= most
+    ends = list(itertools.accumulate(counts)) if apart else counts
+    shape = max(ends, default=0), max(sizes, default=0)
+    room = memory.take("c", shape)
+    whole = apart and memory.stays("c", math.prod(shape))
+    return [room[end - count : end, ...] for count, end in zip(counts, ends, strict=True)], whole
 
 
 def _share(total: int, most: int) -> int:
@@ -206,10 +238,11 @@ def _share(total: int, most: int) -> int:
 
 
 class _Kept(threading.local):
-    """The blocks of a thread that outlive a call."""
+    """The blocks of a thread that outlive a call, and for which weights w they are all of C, if for any."""
 
     def __init__(self) -> None:
         self.blocks: dict[tuple[object, ...], Array] = {}
+        self.weights: Callable[[], Array | None] = lambda: None
 
 
 _kept = _Kept()
@@ -225,11 +258,22 @@ class _Memory:
         self.of_call: dict[tuple[object, ...], Array] = {}
         self.of_thread = _kept.blocks if is_on_cpu(like) and is_plain(like) else self.of_call
         self.xp = xp
+        self.weights, _kept.weights = _kept.weights, lambda: None
+
+    def leave(self, weights: Array) -> None:
+        """All of C, as it is in the blocks, to the call that comes with these weights, if it is the next one."""
+        _kept.weights = weakref.ref(weights)
+
+    def left_for(self, weights: Array) -> bool:
+        return self.weights() is weights
+
+    def stays(self, name: str, size: int) -> bool:
+        """Whether a block is one of the thread's."""
+        return self.of_thread is _kept.blocks and size <= (_CPU_BLOCKS if name == "c" else 1) * _CPU_ENTRIES
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
         size = math.prod(shape)
-        stays = size <= (_CPU_BLOCKS if name == "c" else 1) * _CPU_ENTRIES
-        blocks, key = self.of_thread if stays else self.of_call, (name, *self.about)
+        blocks, key = self.of_thread if self.stays(name, size) else self.of_call, (name, *self.about)
         if key not in blocks or blocks[key].shape[0] < size:
             blocks[key] = self.new(size)
         return self.xp.reshape(blocks[key][:size], shape)
@@ -239,16 +283,26 @@ class _Blocks:
     """Blocks of C for some points of two batch axes, as they lie in memory, and landmarks of one, which are centred."""
 
     def __init__(
-        self, q: Array, z: Array, centre: Array, scale: float, blocks: list[slice], memory: _Memory, xp: Namespace
+        self,
+        q: Array,
+        z: Array,
+        centre: Array,
+        scale: float,
+        blocks: list[slice],
+        places: Array,
+        memory: _Memory,
+        xp: Namespace,
     ) -> None:
-        self.q, self.centre, self.memory, self.xp = q, centre, memory, xp
-        self.half_s2, self.z_t = 0.5 * scale * scale, transposed_copy(z * (scale * scale), xp)
-        self.half_z = -self.half_s2 * xp.sum(z * z, axis=-1)[..., None, :]
-        # One place for each block, but the last for all that find none of their own.
-        self.rows = blocks[0].stop if blocks else 0
-        places = max(1, min(len(blocks), _CPU_BLOCKS if is_on_cpu(q) else _GPU_BLOCKS))
-        self.places = memory.take("c", (places, z.shape[0] * self.rows * z.shape[-2]))
-        self.held: list[slice | None] = [None] * places
+        self.q, self.z, self.centre, self.memory, self.xp = q, z, centre, memory, xp
+        self.half_s2 = 0.5 * scale * scale
+        self.rows, self.places = blocks[0].stop if blocks else 0, places
+        self.held: list[slice | None] = [None] * len(places)
+
+    @functools.cached_property
+    def of_landmarks(self) -> tuple[Array, Array]:
+        """s²zᵀ and −s²‖z‖²/2, of which C is made."""
+        squares = self.xp.sum(self.z * self.z, axis=-1)[..., None, :]
+        return transposed_copy(self.z * (2 * self.half_s2), self.xp), -self.half_s2 * squares
 
     def holds(self, rows: slice) -> bool:
         """Whether C there, and with it the points, are as they were computed."""
@@ -274,13 +328,14 @@ class _Blocks:
     def at(self, rows: slice, x: Array | None = None) -> Array:
         """C there, of the points x or those that are there; until a block that takes its place is asked for."""
         place = self._place(rows)
-        batch, count, m = self.z_t.shape[0], rows.stop - rows.start, self.z_t.shape[-1]
+        (batch, m, d), count = self.z.shape, rows.stop - rows.start
         c = self.xp.reshape(self.places[place, : batch * count * m], (batch, count, m))
         if self.held[place] != rows:
             if x is None:
-                x = self.points(rows, self.memory.take("x0", (batch, count, self.z_t.shape[-2])))
+                x = self.points(rows, self.memory.take("x0", (batch, count, d)))
+            z_t, half_z = self.of_landmarks
             half_x = self.xp.linalg.vector_norm(x, axis=-1, keepdims=True) ** 2 * -self.half_s2
-            exp_of_negative(product_and_sums(x, self.z_t, half_x, self.half_z, c, self.xp), self.xp)
+            exp_of_negative(product_and_sums(x, z_t, half_x, half_z, c, self.xp), self.xp)
             self.held[place] = rows
         return c
 

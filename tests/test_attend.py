@@ -81,7 +81,8 @@ def test_numpy_blocks_agree_with_the_formula(solves, entries):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("rows", "again"), [(40, 0), (10, 0), (8, 8), (4, 24), (1, 36)])
 def test_what_is_kept_is_not_computed_again(rows, again, backward, monkeypatch):
-    """Of 40 points those of three blocks, and of the last, whose turn comes again at once, are computed once."""
+    """Of 40 points those of three blocks, and of the last, whose turn comes again at once, are computed once; and not
+    again on the way back where that is all of them."""
     q, z, v, _, system, centre = arrays(batch=(1, 1), n=40, solves=True)
     n, m, d, e = 40, 7, 5, 4
     monkeypatch.setattr(_attend, "_CPU_ENTRIES", rows * m)
@@ -93,9 +94,89 @@ def test_what_is_kept_is_not_computed_again(rows, again, backward, monkeypatch):
             _attend.backward(q, z, v, core, None, centre, 1.0, sums, weights, out, XP)
         else:
             _attend.forward(q, z, v, core, None, centre, 1.0, XP)
-    distances, others = (n + again) * d, n * (2 * d + 4 * e if backward else 2 * e)
+    still_there = backward and again == 0
+    distances, others = 0 if still_there else (n + again) * d, n * (2 * d + 4 * e if backward else 2 * e)
     cores = m * m * e + (m * m * e if backward else 0)  # w or σ̄, and M̄
     assert counter.get_total_flops() == 2 * (m * (distances + others) + cores)
+
+
+def test_the_latest_attention_finds_its_block_again():
+    n, m, d = 40, 7, 5
+    q, z, v = points(0, n, d), points(1, m, d), points(2, n, 4)
+
+    def flops(*others):
+        out, counter = softmax_free_attention(q.requires_grad_(), v, z), FlopCounterMode(display=False)
+        for other in others:
+            softmax_free_attention(other, v, z)
+        with counter:
+            out.sum().backward()
+        return counter.get_total_flops()
+
+    assert flops(q.detach()) - flops() == 2 * n * m * d
+
+
+def test_what_others_computed_since_is_not_taken_for_ones_own(entries):
+    """Gradients after other attentions of the same and of other sizes, of another dtype and of another thread, of two
+    at once in either order, and for a second time, are those after none."""
+    given = arrays()
+    blocked = ways()[0]
+
+    def result(seed):
+        q, z, v, core, system, centre = given
+        leaves = [x.detach().clone().requires_grad_() for x in (q + points(seed, *q.shape), z, v)]
+        return leaves, blocked(*leaves, core, system, centre)
+
+    def derivatives(leaves, out, **options):
+        return torch.autograd.grad(out, leaves, torch.ones_like(out), **options)
+
+    expected = [derivatives(*result(seed)) for seed in (10, 11)]
+    (first, second), again = [result(seed) for seed in (10, 11)], result(10)
+    attended(0, 100, "torch")
+    with ThreadPoolExecutor(1) as pool:
+        from_thread = pool.submit(lambda: derivatives(*result(10))).result()
+        elsewhere = pool.submit(lambda: derivatives(*again)).result()
+    found = [derivatives(*first, retain_graph=True), derivatives(*second)]
+    for x, y in (*zip(found, expected, strict=True), (derivatives(*first), expected[0]), (from_thread, expected[0])):
+        assert all(map(torch.equal, x, y))
+    assert all(map(torch.equal, elsewhere, expected[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("heads_apart", [False, True])
+def test_half_precision_is_rounded_at_the_end_alone(dtype, heads_apart, entries):
+    """q and v of half precision, whose parts are cast when their turn comes, and their derivatives, against casts of
+    all of them before and after."""
+    q, z, v, _, system, centre = (x if x is None else x.float() for x in arrays(solves=True))
+    core = torch.linalg.inv(system)
+    if heads_apart:
+        q, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, v))
+
+    def cast_before(q, z, v):
+        return room._attended(q.float(), z, v.float(), core, system, centre, 0.7, XP).to(dtype)
+
+    def cast_in_parts(q, z, v):
+        return room._attended(q, z, v, core, system, centre, 0.7, XP)
+
+    expected, found = (gradients(f, q.to(dtype), z, v.to(dtype)) for f in (cast_before, cast_in_parts))
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+def test_half_precision_is_differentiated_twice():
+    q, z, v = (x.bfloat16().requires_grad_() for x in (points(0, 9, 3), points(1, 4, 3), points(2, 9, 2)))
+
+    def second(f):
+        (slope,) = torch.autograd.grad(f(q, v, z).float().square().sum(), q, create_graph=True)
+        return torch.autograd.grad(slope.float().square().sum(), (q, v, z))
+
+    def all_single(q, v, z):
+        return softmax_free_attention(q.float(), v.float(), z.float())
+
+    # Roundings of the result, of the slope and of what is returned, of numbers as large as these.
+    for x, y in zip(second(softmax_free_attention), second(all_single), strict=True):
+        assert x.dtype == torch.bfloat16
+        torch.testing.assert_close(x.float(), y.float(), rtol=0, atol=8 * 2**-8 * float(y.abs().max()))
 
 
 def test_batch_axes_broadcast(entries):
