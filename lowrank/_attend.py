@@ -130,23 +130,21 @@ def forward(
 ) -> tuple[Array, Array, Array]:
     """X, σ and w for arrays of four axes and one batch shape (B, H); X is of the dtype of v."""
     out = xp.empty_like(v)  # with the strides of v
-    shape = (*v.shape[:2], z.shape[-2], v.shape[-1])
-    sums, weights = (xp.empty(shape, dtype=z.dtype, device=device(v)) for _ in range(2))
-    memory, groups = _Memory(z, xp), _groups(q, z)
-    places, whole = _places(z, groups, memory)
-    for (group, blocks), place in zip(groups, places, strict=True):
+    memory, plan, found = _Memory(centre, xp), _planned(q, z), []
+    room = memory.take("c", plan.room)
+    for group, blocks, places in plan.groups:
         z_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, core, system, centre))
         v_ = _together(v, group, "v", memory, xp)
-        block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, place, memory, xp)
+        block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, room[places, ...], memory, xp)
         sigma = None
         for rows in blocks:
             sigma = _plus(sigma, xp.matrix_transpose(block.at(rows)), v_[:, rows, :], xp)
         w = applied(core_, system_, sigma, xp)
         for rows in reversed(blocks):
             _put_product(out, group, rows, block.at(rows), w, "x0", memory, xp)
-        _put(sums, group, slice(None), sigma, xp)
-        _put(weights, group, slice(None), w, xp)
-    if whole:
+        found.append((sigma, w))
+    sums, weights = (_joined(parts, plan, v.shape[:2], xp) for parts in zip(*found, strict=True))
+    if plan.whole and memory.stays("c", math.prod(plan.room)):
         memory.leave(weights)
     return out, sums, weights
 
@@ -165,14 +163,14 @@ def backward(
     xp: Namespace,
 ) -> tuple[Array, Array, Array, Array]:
     """q̄, z̄, v̄, and M̄ or, where P is given, P̄, for the cotangent g of X."""
-    q_bar, z_bar, v_bar, inner_bar = (xp.empty_like(x) for x in (q, z, v, core if system is None else system))
-    s2, memory, groups = scale * scale, _Memory(z, xp), _groups(q, z)
-    places, _ = _places(z, groups, memory)
-    for (group, blocks), place in zip(groups, places, strict=True):
+    q_bar, v_bar, s2 = xp.empty_like(q), xp.empty_like(v), scale * scale
+    memory, plan, found = _Memory(centre, xp), _planned(q, z), []
+    room = memory.take("c", plan.room)
+    for group, blocks, places in plan.groups:
         z_, core_, system_, c_, sigma, w = (_flat(x, group, xp) for x in (z, core, system, centre, sums, weights))
         v_, g_ = (_together(x, group, name, memory, xp) for x, name in ((v, "v"), (g, "g")))
         z_ = z_ - c_
-        block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, place, memory, xp)
+        block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, room[places, ...], memory, xp)
         if memory.left_for(weights):
             block.held = list(blocks)
         w_bar = None
@@ -193,43 +191,47 @@ def backward(
             x *= xp.sum(h, axis=-1, keepdims=True)
             _bring(q_bar, group, rows, add_product(x, h, z_, xp, beta=-s2, alpha=s2, out=x), xp)
         columns = xp.sum(w_bar * w + sigma * sigma_bar, axis=-1, keepdims=True)  # Hᵀ1, without another pass over H
-        _put(z_bar, group, slice(None), (from_q - columns * z_) * s2, xp)
-        _put(inner_bar, group, slice(None), inner_cotangent(system_, w_bar, sigma_bar, sigma, w), xp)
+        found.append(((from_q - columns * z_) * s2, inner_cotangent(system_, w_bar, sigma_bar, sigma, w)))
+    z_bar, inner_bar = (_joined(parts, plan, q.shape[:2], xp) for parts in zip(*found, strict=True))
     return q_bar, z_bar, v_bar, inner_bar
 
 
-def _groups(q: Array, z: Array) -> list[tuple[tuple[slice, slice], list[slice]]]:
-    """Batch elements whose part of C is a block, or one element, and the rows of its blocks."""
-    batch, heads, n, _ = q.shape
-    entries = _CPU_ENTRIES if is_on_cpu(q) else _GPU_ENTRIES
-    most = max(1, entries // z.shape[-2])  # rows in a block, of all its batch elements
-    groups = []
+class _Plan(NamedTuple):
+    """Batch elements that are taken together, with the rows of their blocks and the places of these in the room for
+    blocks of C; the shape of the room; and whether each block has its own place there, which it keeps.
+
+    Where there are more blocks than places, groups have the same: one for each of their blocks, but the last for all
+    that find none of their own.
+    """
+
+    groups: list[tuple[tuple[slice, slice], list[slice], slice]]
+    room: tuple[int, int]
+    whole: bool
+
+
+def _planned(q: Array, z: Array) -> _Plan:
+    on_cpu = is_on_cpu(q)
+    entries, kept = (_CPU_ENTRIES, _CPU_BLOCKS) if on_cpu else (_GPU_ENTRIES, _GPU_BLOCKS)
+    return _plan(*q.shape[:-1], z.shape[-2], entries, kept)
+
+
+@functools.lru_cache(maxsize=16)
+def _plan(batch: int, heads: int, n: int, m: int, entries: int, kept: int) -> _Plan:
+    """Groups are elements whose part of C is a block, or one element."""
+    most = max(1, entries // m)  # rows in a block, of all its batch elements
+    found, sizes = [], []
     for images in _slices(batch, _share(batch, max(1, most // (n * heads)))):
         for some_heads in _slices(heads, _share(heads, max(1, most // n))):
             elements = len(range(batch)[images]) * len(range(heads)[some_heads])
-            groups.append(((images, some_heads), _slices(n, _share(n, max(1, most // elements)))))
-    return groups
-
-
-def _places(
-    z: Array, groups: list[tuple[tuple[slice, slice], list[slice]]], memory: _Memory
-) -> tuple[list[Array], bool]:
-    """Room for the blocks of C of each group, and whether each block of all groups has its own, for as long as the
-    thread computes no other attention.
-
-    Else groups have the same room, for each of their blocks but the last for all that find none of their own.
-    """
-    most, counts, sizes = _CPU_BLOCKS if is_on_cpu(z) else _GPU_BLOCKS, [], []
-    for (images, heads), blocks in groups:
-        elements = math.prod(len(range(n)[part]) for n, part in zip(z.shape[:2], (images, heads), strict=True))
-        sizes.append(elements * (blocks[0].stop if blocks else 0) * z.shape[-2])
-        counts.append(max(1, min(len(blocks), most)))
-    apart = sum(len(blocks) for _, blocks in groups) <= most
-    ends = list(itertools.accumulate(counts)) if apart else counts
-    shape = max(ends, default=0), max(sizes, default=0)
-    room = memory.take("c", shape)
-    whole = apart and memory.stays("c", math.prod(shape))
-    return [room[end - count : end, ...] for count, end in zip(counts, ends, strict=True)], whole
+            blocks = _slices(n, _share(n, max(1, most // elements)))
+            found.append(((images, some_heads), blocks))
+            sizes.append(elements * blocks[0].stop * m)
+    counts = [min(len(blocks), kept) for _, blocks in found]
+    whole = sum(len(blocks) for _, blocks in found) <= kept
+    ends = list(itertools.accumulate(counts)) if whole else counts
+    places = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+    groups = [(*group, place) for group, place in zip(found, places, strict=True)]
+    return _Plan(groups, (max(ends, default=0), max(sizes, default=0)), whole)
 
 
 def _share(total: int, most: int) -> int:
@@ -390,6 +392,16 @@ def _put_product(
     """``name`` is of a block whose values are no longer, or not yet, of use."""
     room = _room(out, group, rows, name, memory, xp)
     _bring(out, group, rows, stacked_product(a, b, xp, out=room), xp)
+
+
+def _joined(parts: tuple[Array, ...], plan: _Plan, batch: tuple[int, ...], xp: Namespace) -> Array:
+    """What groups gave for each of their batch elements, on the two batch axes."""
+    if len(parts) == 1:
+        return xp.reshape(parts[0], (*batch, *parts[0].shape[1:]))
+    out = xp.empty((*batch, *parts[0].shape[1:]), dtype=parts[0].dtype, device=device(parts[0]))
+    for (group, _, _), part in zip(plan.groups, parts, strict=True):
+        _put(out, group, slice(None), part, xp)
+    return out
 
 
 def _plus(total: Array | None, a: Array, b: Array, xp: Namespace) -> Array:
