@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from attentions import HEAD_DIM, ClassTokenAttention, build_attention
+from convolution import CellConv2d
 from mlp import TokenMlp, has_hooks
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, to_2tuple, trunc_normal_
@@ -101,7 +102,7 @@ class PreNormBlock(nn.Module):
 
 
 def conv_norm_relu(in_chans: int, out_chans: int, stride: int) -> list[nn.Module]:
-    conv = nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1)
+    conv = CellConv2d(in_chans, out_chans, 3, stride=stride, padding=1)
     # Tokens are an image with its channels last, and so it need not be turned round.
     conv.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=torch.channels_last))
     return [conv, nn.BatchNorm2d(out_chans), nn.ReLU(inplace=True)]
@@ -132,7 +133,7 @@ class PatchEmbed(nn.Sequential):
         what it makes."""
         layers, pixels = list(self), image[:, 0].numel()
         for i, (conv, norm) in enumerate(itertools.pairwise(self)):
-            if type(conv) is nn.Conv2d:
+            if type(conv) in (nn.Conv2d, CellConv2d):
                 pixels //= math.prod(conv.stride)
                 known = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
                 if known and conv.weight.numel() < pixels * conv.out_channels:
