@@ -475,6 +475,41 @@ def test_linformer_of_another_size_keeps_its_sums():
     assert float((finer[:, 0] - at_home[:, 0]).norm() / at_home[:, 0].norm()) < 0.5
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_softmax_attention_is_trained_in_single_where_half_is_slow(autocast, monkeypatch):
+    seen, operator = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v):
+        seen.append(q.dtype)
+        return operator(q, k, v)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(2, 3, n, 8, generator=generator).bfloat16() for n in (5, 7, 7, 5))
+
+    def outcome(*given, of=attentions.softmax_attention):
+        given = [x.detach().requires_grad_() for x in given]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = of(*given)
+        return out.detach(), *torch.autograd.grad(out, given, g.to(out.dtype))
+
+    def exactly(q, k, v):
+        return torch.softmax(q.double() @ k.double().mT / 8**0.5, -1) @ v.double()
+
+    for found, expected in zip(outcome(q, k, v), outcome(*(x.double() for x in (q, k, v)), of=exactly), strict=True):
+        assert found.dtype == torch.bfloat16
+        # Computed in single, and rounded at the end.
+        torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
+    assert seen == [torch.float32]
+    with torch.no_grad():
+        attentions.softmax_attention(q.requires_grad_(), k, v)
+    attentions.softmax_attention(q.detach(), k, v)
+    monkeypatch.setattr(attentions, "FEW_KEYS", 6)
+    attentions.softmax_attention(q, k, v)
+    attentions.softmax_attention(*(x.detach().double() for x in (q, k, v)))
+    assert seen[1:] == [torch.bfloat16] * 3 + [torch.float64]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -25,10 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank import pinv
+from lowrank._array import arithmetic
 from lowrank._depthwise import depthwise_convolution
 from lowrank.nn import SoftmaxFreeAttention, gaussian_attention
 
 HEAD_DIM = 32
+# Keys up to which softmax attention is trained in float32 where tokens are bfloat16, on a CPU.
+FEW_KEYS = 512
 
 
 def published_inverse(a: Tensor, *, hermitian: bool, ridge: float) -> Tensor:
@@ -61,6 +64,19 @@ _PUBLISHED = {
     "soft": {"inverse": published_inverse},
     "soft_norm": {"normalize": True, "ridge": 0.0, "inverse": published_norm_inverse},
 }
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(qkᵀ/√d) v, of queries (..., n, d), keys (..., m, d) and values (..., m, e), by torch's operator.
+
+    On a CPU the operator's way back takes longer in bfloat16 than in float32 where keys are few: 10 ms instead of 2 for
+    8 images of 16 heads and 50 tokens, and as long for about 700.
+    """
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if recorded and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= FEW_KEYS:
+        with arithmetic(q):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Mixer(nn.Module, abc.ABC):
@@ -106,7 +122,7 @@ class GaussianAttention(Mixer):
 
 class SoftmaxAttention(Mixer):
     def attend(self, q, k, v, size):
-        return F.scaled_dot_product_attention(q, k, v)
+        return softmax_attention(q, k, v)
 
 
 class NystromAttention(Mixer):
@@ -147,7 +163,7 @@ class LinformerAttention(Mixer):
         scale = math.prod(self.mapping.shape[2:]) / math.prod(size)
         mapping = scale * F.interpolate(self.mapping, size=size, mode="bilinear", align_corners=False)  # (2, m, H, W)
         for_keys, for_values = mapping.flatten(2)  # (m, N)
-        return F.scaled_dot_product_attention(q, for_keys @ k, for_values @ v)
+        return softmax_attention(q, for_keys @ k, for_values @ v)
 
 
 class PerformerAttention(Mixer):
@@ -223,5 +239,5 @@ class ClassTokenAttention(nn.Module):
             y.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)  # (B, heads, N, d)
             for y in (self.query(x), *self.key_value(x).chunk(2, dim=-1))
         )
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
+        out = softmax_attention(q, k, v)  # (B, heads, N, d)
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, N, C)
