@@ -134,11 +134,11 @@ def forward(
     room = memory.take("c", plan.room)
     for group, blocks, places in plan.groups:
         z_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, core, system, centre))
-        v_ = _together(v, group, "v", memory, xp)
+        v_at = _together(v, group, blocks, "v", memory, xp)
         block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, room[places, ...], memory, xp)
         sigma = None
         for rows in blocks:
-            sigma = _plus(sigma, xp.matrix_transpose(block.at(rows)), v_[:, rows, :], xp)
+            sigma = _plus(sigma, xp.matrix_transpose(block.at(rows)), v_at(rows), xp)
         w = applied(core_, system_, sigma, xp)
         for rows in reversed(blocks):
             _put_product(out, group, rows, block.at(rows), w, "x0", memory, xp)
@@ -168,7 +168,7 @@ def backward(
     room = memory.take("c", plan.room)
     for group, blocks, places in plan.groups:
         z_, core_, system_, c_, sigma, w = (_flat(x, group, xp) for x in (z, core, system, centre, sums, weights))
-        v_, g_ = (_together(x, group, name, memory, xp) for x, name in ((v, "v"), (g, "g")))
+        v_at, g_at = (_together(x, group, blocks, name, memory, xp) for x, name in ((v, "v"), (g, "g")))
         z_ = z_ - c_
         block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, room[places, ...], memory, xp)
         if memory.left_for(weights):
@@ -176,7 +176,7 @@ def backward(
         w_bar = None
         for rows in blocks:
             x = block.points(rows, _room(q_bar, group, rows, block.name_of_points(rows), memory, xp))
-            w_bar = _plus(w_bar, xp.matrix_transpose(block.at(rows, x)), g_[:, rows, :], xp)
+            w_bar = _plus(w_bar, xp.matrix_transpose(block.at(rows, x)), g_at(rows), xp)
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
         sigma_bar = applied(xp.matrix_transpose(core_) if system_ is None else core_, system_, w_bar, xp)
         w_t, sigma_bar_t, from_q = transposed_copy(w, xp), transposed_copy(sigma_bar, xp), None
@@ -184,8 +184,8 @@ def backward(
             x = _room(q_bar, group, rows, block.name_of_points(rows), memory, xp)
             c = block.at(rows, x if block.holds(rows) else block.points(rows, x))
             _put_product(v_bar, group, rows, c, sigma_bar, "h", memory, xp)
-            h = stacked_product(g_[:, rows, :], w_t, xp, out=memory.take("h", c.shape))
-            h = add_product(h, v_[:, rows, :], sigma_bar_t, xp, out=h)
+            h = stacked_product(g_at(rows), w_t, xp, out=memory.take("h", c.shape))
+            h = add_product(h, v_at(rows), sigma_bar_t, xp, out=h)
             h *= c
             from_q = _plus(from_q, xp.matrix_transpose(h), x, xp)
             x *= xp.sum(h, axis=-1, keepdims=True)
@@ -352,16 +352,27 @@ def _flat(x: Any, group: tuple[slice, slice], xp: Namespace) -> Any:
     return xp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
 
 
-def _together(x: Array, group: tuple[slice, slice], name: str, memory: _Memory, xp: Namespace) -> Array:
-    """Rows of points, the batch elements of a group on one axis: a view, or a copy in the memory of that name and in
-    its dtype."""
+def _together(
+    x: Array, group: tuple[slice, slice], blocks: list[slice], name: str, memory: _Memory, xp: Namespace
+) -> Callable[[slice], Array]:
+    """What gives the points of a block, the batch elements on one axis: views, or copies in the memory of that name and
+    in its dtype, made once where there is but one block."""
     part = x[(*group, ...)]
     shape = (part.shape[0] * part.shape[1], *part.shape[2:])
+
+    def copied(rows: slice) -> Array:
+        points = part[:, :, rows, :]
+        room = memory.take(name, (shape[0], *points.shape[2:]))
+        xp.reshape(room, points.shape)[...] = points
+        return room
+
     if part.dtype == memory.dtype and (1 in part.shape[:2] or is_contiguous(part)):
-        return xp.reshape(part, shape)
-    room = memory.take(name, shape)
-    xp.reshape(room, part.shape)[...] = part
-    return room
+        whole = xp.reshape(part, shape)
+    elif len(blocks) == 1:
+        whole = copied(blocks[0])
+    else:
+        return copied
+    return lambda rows: whole[:, rows, :]
 
 
 def _room(out: Array, group: tuple[slice, slice], rows: slice, name: str, memory: _Memory, xp: Namespace) -> Array:

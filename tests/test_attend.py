@@ -163,6 +163,20 @@ def test_half_precision_is_rounded_at_the_end_alone(dtype, heads_apart, entries)
         assert torch.equal(x, y)
 
 
+def test_half_precision_takes_memory_for_a_block_alone(monkeypatch):
+    n, m, d, e = 1000, 7, 5, 4
+    monkeypatch.setattr(_attend, "_CPU_ENTRIES", 100 * m)
+
+    def kept():
+        q, z, v = (points(i, *shape).bfloat16() for i, shape in enumerate([(n, d), (m, d), (n, e)]))
+        softmax_free_attention(q.requires_grad_(), v.requires_grad_(), z).float().sum().backward()
+        return {name: block.numel() for (name, *_), block in _attend._kept.blocks.items()}
+
+    with ThreadPoolExecutor(1) as pool:
+        sizes = pool.submit(kept).result()
+    assert sizes == {"c": 200 * m, "x0": 100 * d, "x1": 100 * d, "v": 100 * e, "g": 100 * e, "h": 100 * m}
+
+
 def test_half_precision_is_differentiated_twice():
     q, z, v = (x.bfloat16().requires_grad_() for x in (points(0, 9, 3), points(1, 4, 3), points(2, 9, 2)))
 
