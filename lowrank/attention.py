@@ -317,7 +317,8 @@ def _is_in_blocks(q: Array, z: Array, v: Array, *others: Array) -> bool:
     """Whether C is formed by blocks: programs that are traced, and derivatives other than the first, backward, want one
     expression."""
     arrays = q, z, v, *others
-    return writes(q) and not is_traced(*arrays) and not is_transformed(*arrays) and min(*v.shape, z.shape[-2]) > 0
+    sizes = *q.shape[:-1], *z.shape[:-1], *v.shape
+    return writes(q) and not is_traced(*arrays) and not is_transformed(*arrays) and min(sizes) > 0
 
 
 def _attended_from(

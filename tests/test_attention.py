@@ -149,6 +149,14 @@ def test_half_precision_is_computed_in_single(dtype, per_feature):
     )
 
 
+@pytest.mark.parametrize("empty", [0, 1, 2], ids=["q", "v", "landmarks"])
+@pytest.mark.parametrize("library", [np.asarray, torch.asarray], ids=["numpy", "torch"])
+def test_a_batch_may_be_empty_of_any_of_the_arrays(empty, library):
+    arrays = [points(1, 5, 4), points(2, 5, 3), points(3, 2, 4)]
+    arrays[empty] = arrays[empty][None][:0]
+    assert tuple(softmax_free_attention(*map(library, arrays)).shape) == (0, 5, 3)
+
+
 def test_autocast_does_not_reach_inside():
     q, v, z = (torch.asarray(x, dtype=torch.float32) for x in (points(1, 40, 4), points(2, 40, 3), points(3, 8, 4)))
     plain = softmax_free_attention(q, v, z)
