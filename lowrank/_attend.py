@@ -231,7 +231,7 @@ def _plan(batch: int, heads: int, n: int, m: int, entries: int, kept: int) -> _P
     ends = list(itertools.accumulate(counts)) if whole else counts
     places = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
     groups = [(*group, place) for group, place in zip(found, places, strict=True)]
-    return _Plan(groups, (max(ends, default=0), max(sizes, default=0)), whole)
+    return _Plan(groups, (max(ends), max(sizes)), whole)
 
 
 def _share(total: int, most: int) -> int:
@@ -297,7 +297,7 @@ class _Blocks:
     ) -> None:
         self.q, self.z, self.centre, self.memory, self.xp = q, z, centre, memory, xp
         self.half_s2 = 0.5 * scale * scale
-        self.rows, self.places = blocks[0].stop if blocks else 0, places
+        self.rows, self.places = blocks[0].stop, places
         self.held: list[slice | None] = [None] * len(places)
 
     @functools.cached_property

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank._array import gradients_of, is_traced, is_transformed, onednn_dtype
+from lowrank._array import carries_derivative, gradients_of, is_traced, is_transformed, onednn_dtype
 
 # Columns of filters that oneDNN is quick with.
 _COLUMNS = 3
@@ -38,8 +38,7 @@ def _margins(filters: Tensor) -> list[int]:
 
 def _slow_dtype(image: Tensor, filters: Tensor) -> torch.dtype | None:
     """What oneDNN is to convolve in, if it is, and is to find a gradient that it is slow with."""
-    recorded = torch.is_grad_enabled() and filters.requires_grad
-    if not recorded or filters.shape[-1] <= _COLUMNS or image.device.type != "cpu":
+    if not carries_derivative(filters) or filters.shape[-1] <= _COLUMNS or image.device.type != "cpu":
         return None
     if image.numel() * math.prod(filters.shape[1:]) < _FEWEST:
         return None

@@ -284,7 +284,7 @@ def _attended(
 ) -> Array:
     """X for q (..., n, d), z (..., m, d), v (..., n, e), M and P (..., m, m), or M alone, and centre (..., 1, d).
 
-    q and v may be of half precision, and what is computed in the dtype of the others is of that of v again.
+    q and v may be of half precision: X is computed in the dtype of the others and returned in that of v.
     Where P is given M is a constant, and derivatives are those of P⁻¹. Where ``ridge`` is given as well, which is for
     blocks alone, P is k(z, z) + ridge·I without a history of derivatives, and its derivative is in that of z.
     """

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank import pinv
-from lowrank._array import arithmetic
+from lowrank._array import arithmetic, carries_derivative
 from lowrank._depthwise import depthwise_convolution
 from lowrank.nn import SoftmaxFreeAttention, gaussian_attention
 
@@ -72,7 +72,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     On a CPU the operator's way back takes longer in bfloat16 than in float32 where keys are few: 10 ms instead of 2 for
     8 images of 16 heads and 50 tokens, and as long for about 700.
     """
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    recorded = any(map(carries_derivative, (q, k, v)))
     if recorded and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= FEW_KEYS:
         with arithmetic(q):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)

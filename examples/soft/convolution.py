@@ -7,7 +7,8 @@ float32, for batches of 1 to 32 images, and 0.4 to 0.6 in bfloat16; with fewer f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank._array import gradients_of, is_traced, is_transformed, onednn_dtype
+from lowrank._array import carries_derivative, gradients_of, is_traced, is_transformed, onednn_dtype
 
 # Numbers in the filters from which on their products are taken.
 MANY = 1 << 20
@@ -25,22 +26,24 @@ class CellConv2d(nn.Conv2d):
     """torch's Conv2d, to be trained in less time where its filters are many."""
 
     def _conv_forward(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self._has_cells(image, weight, bias):
+        dtype = self._dtype_by_cells(image, weight, bias)
+        if dtype is None:
             return super()._conv_forward(image, weight, bias)
-        dtype = onednn_dtype(image, weight, bias)
         return _ByCells.apply(*(x.to(dtype) for x in (image, weight, bias)), self.stride, self.padding)
 
-    def _has_cells(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    def _dtype_by_cells(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+        """What cells are to be multiplied in, if they are."""
         plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
         if not plain or isinstance(self.padding, str) or bias is None or weight.numel() < MANY:
-            return False
-        followed = torch.is_grad_enabled() and any(x.requires_grad for x in (image, weight, bias))
-        if not followed or image.ndim != 4 or image.shape[1] != weight.shape[1] or image.device.type != "cpu":
-            return False
+            return None
+        given = image, weight, bias
+        if image.device.type != "cpu" or not any(map(carries_derivative, given)):
+            return None
+        if image.ndim != 4 or image.shape[1] != weight.shape[1]:
+            return None
         if any(n + 2 * p < k for n, p, k in zip(image.shape[2:], self.padding, self.kernel_size, strict=True)):
-            return False
-        tracked = is_traced(image, weight, bias) or is_transformed(image, weight, bias)
-        return not tracked and onednn_dtype(image, weight, bias) is not None
+            return None
+        return None if is_traced(*given) or is_transformed(*given) else onednn_dtype(*given)
 
 
 class _ByCells(torch.autograd.Function):
@@ -54,7 +57,7 @@ class _ByCells(torch.autograd.Function):
         filters, _, *kernel = weight.shape
         grid = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(size, padding, kernel, stride, strict=True)]
         cells = image.new_zeros(batch, *grid, *kernel, channels)
-        for at, of_cells, of_image in _meetings(size, grid, kernel, stride, padding):
+        for at, of_cells, of_image in _overlaps(size, grid, kernel, stride, padding):
             cells[(slice(None), *of_cells, *at)] = image.movedim(1, -1)[(slice(None), *of_image)]
         cells = cells.reshape(-1, channels * kernel[0] * kernel[1])
         ctx.save_for_backward(image, weight, bias, cells)
@@ -74,7 +77,7 @@ class _ByCells(torch.autograd.Function):
         if wants[0]:
             of_cells = (rows @ _as_matrix(weight)).reshape(len(image), *ctx.grid, *kernel, -1)
             image_bar = torch.zeros_like(image.movedim(1, -1), memory_format=torch.contiguous_format)
-            for at, places, of_image in _meetings(image.shape[2:], ctx.grid, kernel, ctx.stride, ctx.padding):
+            for at, places, of_image in _overlaps(image.shape[2:], ctx.grid, kernel, ctx.stride, ctx.padding):
                 image_bar[(slice(None), *of_image)].add_(of_cells[(slice(None), *places, *at)])
             image_bar = image_bar.movedim(-1, 1)
         if wants[1]:
@@ -87,20 +90,16 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return weight.movedim(1, -1).flatten(1)
 
 
-def _meetings(
-    size: Any, grid: Any, kernel: Any, stride: tuple[int, int], padding: tuple[int, int]
+def _overlaps(
+    size: Sequence[int], grid: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Iterator[tuple[tuple[int, int], tuple[slice, slice], tuple[slice, slice]]]:
-    """For each place in a filter, the cells in which it lies on the image and not beside it, and where there."""
-    rows, columns = (
-        [(i, *_along(i, *numbers)) for i in range(numbers[-1])]
-        for numbers in zip(size, grid, stride, padding, kernel, strict=True)
-    )
-    for i, of_cells, of_image in rows:
-        for j, also_of_cells, also_of_image in columns:
-            yield (i, j), (of_cells, also_of_cells), (of_image, also_of_image)
+    """For each place (i, j) in a filter, the cells in which it lies on the image and not beside it, and where there."""
+    for i, j in itertools.product(*map(range, kernel)):
+        rows, columns = map(_overlap, (i, j), size, grid, stride, padding)
+        yield (i, j), (rows[0], columns[0]), (rows[1], columns[1])
 
 
-def _along(i: int, size: int, grid: int, stride: int, padding: int, _: int) -> tuple[slice, slice]:
+def _overlap(i: int, size: int, grid: int, stride: int, padding: int) -> tuple[slice, slice]:
     """Of the cells y along an axis those with 0 ≤ i + y·stride − padding < size, and these numbers."""
     first = max(0, -((i - padding) // stride))
     last = max(first, min(grid, (size - 1 + padding - i) // stride + 1))

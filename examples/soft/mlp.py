@@ -19,7 +19,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from lowrank._array import gradients_of, is_traced, is_transformed, onednn_dtype, sum_in_place
+from lowrank._array import carries_derivative, gradients_of, is_traced, is_transformed, onednn_dtype, sum_in_place
 
 # GELU(u) = u(1 + tanh(βu/2 + βγu³/2))/2 = uσ(βu + βγu³) (D. Hendrycks & K. Gimpel, arXiv 1606.08415, section 2).
 _BETA, _GAMMA = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -48,7 +48,7 @@ class TokenMlp(Mlp):
         as_made = not torch.compiler.is_compiling() and self._is_as_made()
         # Of tokens that do not fit torch's layers have the clearer message.
         if as_made and x.shape[-1:] == self.fc1.weight.shape[1:] and _are_plain(*arrays):
-            recorded = torch.is_grad_enabled() and any(y.requires_grad for y in arrays)
+            recorded = any(map(carries_derivative, arrays))
             if not recorded and (dtype := onednn_dtype(*arrays)):
                 alike = residual and x.dtype == dtype
                 out = _fused(*(y.to(dtype) for y in arrays), self.act.approximate, residual=alike)
