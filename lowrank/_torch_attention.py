@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank import _attend, _fused_attention
+from lowrank import _attend, _fused_attention, _native_attention
 from lowrank._array import Namespace, arithmetic, gradients_of, identity, is_traced
 from lowrank._attend import Factor
 
 
 class Attention(torch.autograd.Function):
-    """C M (Cᵀ v), whose way back computes C again: by the kernels of ``_fused_attention`` where they serve, else by the
-    blocks of ``_attend``."""
+    """C M (Cᵀ v), whose way back computes C again: by the kernels of ``_fused_attention`` or ``_native_attention`` where
+    they serve, else by the blocks of ``_attend``."""
 
     @staticmethod
     def forward(
@@ -36,7 +36,7 @@ class Attention(torch.autograd.Function):
         ridge: float | None,
     ) -> Tensor:
         """Where ``ridge`` is given, P is k(z, z) + ridge·I, a constant, and its derivative is in that of z."""
-        ctx.way = _ByKernels if _fused_attention.applies(q, z, v) else _attend
+        ctx.way = _way(q, z, v)
         out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp)
         ctx.scale, ctx.factored, ctx.ridge = scale, isinstance(core, Factor), ridge
         kept = core.lower if isinstance(core, Factor) else core
@@ -72,6 +72,12 @@ class Attention(torch.autograd.Function):
             return _attend.plain(q, z, v, core, system, centre, ctx.scale, xp)
 
         return *gradients_of(plain, tuple(inputs), g, ctx.needs_input_grad[:5]), None, None, None
+
+
+def _way(q: Tensor, z: Tensor, v: Tensor) -> Any:
+    if _fused_attention.applies(q, z, v):
+        return _ByKernels
+    return _native_attention if _native_attention.applies(q, z, v) else _attend
 
 
 class _ByKernels:

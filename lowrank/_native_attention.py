@@ -1,0 +1,207 @@
+"""Softmax-free attention of torch tensors on a CPU by the compiled kernels of ``_native_kernels.c``.
+
+They are built where there is a C compiler when the package is installed, GCC 12 or Clang; without them the blocks of
+``_attend`` compute the same. A block of C stays in the nearest caches from its distances to the last product with it,
+where a library's operations pass it through memory once for each of them, and its small products reach the speed of
+large ones. They run on the threads that torch has: threads beside them would wait for theirs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank._array import Namespace
+from lowrank._attend import CORRECTIONS, Factor, applied, inner_cotangent
+
+# What is computed of chunks of the points, and of whole elements of the batch.
+SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD = range(5)
+# Entries of an element's part of C up to which it is kept from the sums to the product, 1 MiB, half of a large second
+# cache; and how many elements there are to be then, if chunks could be shared among more threads.
+WHOLE_ENTRIES, WHOLE_ELEMENTS = 2**18, 8
+
+
+class Rows(ctypes.Structure):
+    """Rows of an array of two batch axes, as ``struct rows`` has them."""
+
+    _fields_ = (
+        ("at", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("of_batch", "of_head", "of_row", "half")),
+    )
+
+
+class Task(ctypes.Structure):
+    """``struct task``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("heads", "elements", "n", "m", "d", "e")),
+        *((name, ctypes.c_int64) for name in ("transposed_core", "corrections")),
+        *((name, Rows) for name in ("q", "summed", "v", "g", "out", "q_bar", "v_bar")),
+        *((name, ctypes.c_void_p) for name in ("centre", "z", "core", "system")),
+        *((name, ctypes.c_void_p) for name in ("w", "sigma_bar", "sums", "from_q")),
+        ("scale", ctypes.c_float),
+    )
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    """The compiled library, if it is there."""
+    found = importlib.util.find_spec("lowrank._native_kernels")
+    return None if found is None or found.origin is None else ctypes.CDLL(found.origin)
+
+
+@functools.cache
+def lanes() -> int:
+    """How many floats this processor's vectors hold."""
+    return kernels().lowrank_lanes()
+
+
+@functools.cache
+def chunk() -> int:
+    """How many points of an element are taken at a time."""
+    return kernels().lowrank_chunk()
+
+
+@functools.cache
+def team() -> Callable[..., None] | None:
+    """What runs a function on the threads of torch: GNU's OpenMP, as torch was linked with it."""
+    return getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+
+
+def applies(q: Tensor, z: Tensor, v: Tensor) -> bool:
+    arrays = q, z, v
+    known = z.dtype == torch.float32 and all(x.dtype in (torch.float32, torch.bfloat16) for x in (q, v))
+    on_cpu = all(x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) for x in arrays)
+    return known and on_cpu and kernels() is not None and (team() is not None or torch.get_num_threads() == 1)
+
+
+def forward(
+    q: Tensor,
+    z: Tensor,
+    v: Tensor,
+    core: Tensor | Factor,
+    system: Tensor | None,
+    centre: Tensor,
+    scale: float,
+    xp: Namespace,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """X, σ and w, as ``_attend.forward`` has them."""
+    call = _Call(q, z, v, centre, scale)
+    out = call.writes("out", v)
+    call.reads(summed=v)
+    if call.is_whole(core):
+        call.solves(core, system)
+        sums, weights = call.makes("sums"), call.makes("w")
+        call.run(FORWARD)
+    else:
+        sums = call.chunks("sums", SUMS)
+        weights = applied(core, system, sums, xp)
+        call.packs(w=weights)
+        call.run(PRODUCT)
+    return out, sums, weights
+
+
+def backward(
+    q: Tensor,
+    z: Tensor,
+    v: Tensor,
+    core: Tensor | Factor,
+    system: Tensor | None,
+    centre: Tensor,
+    scale: float,
+    sums: Tensor,
+    weights: Tensor,
+    g: Tensor,
+    xp: Namespace,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q̄, z̄, v̄, and M̄ or P̄, as ``_attend.backward`` has them."""
+    call = _Call(q, z, v, centre, scale)
+    q_bar, v_bar = call.writes("q_bar", q), call.writes("v_bar", v)
+    call.reads(summed=g, v=v, g=g)
+    call.packs(w=weights)
+    if call.is_whole(core):
+        call.solves(core, system, transposed=system is None)
+        w_bar, sigma_bar, from_q = call.makes("sums"), call.makes("sigma_bar"), call.makes("from_q")
+        call.run(BACKWARD)
+    else:
+        w_bar = call.chunks("sums", SUMS)
+        sigma_bar = applied(core.mT if system is None else core, system, w_bar, xp)
+        call.packs(sigma_bar=sigma_bar)
+        from_q = call.chunks("from_q", COTANGENTS)
+    columns = (w_bar * weights + sums * sigma_bar).sum(-1, keepdim=True)  # Hᵀ1
+    z_bar = (from_q - columns * call.arrays["z"]) * scale
+    return q_bar, z_bar, v_bar, inner_cotangent(system, w_bar, sigma_bar, sums, weights)
+
+
+class _Call:
+    """A task, and the arrays that it points to."""
+
+    def __init__(self, q: Tensor, z: Tensor, v: Tensor, centre: Tensor, scale: float) -> None:
+        self.batch, (n, d), m, e = q.shape[:2], q.shape[2:], z.shape[-2], v.shape[-1]
+        heads, elements = self.batch[1], self.batch.numel()
+        self.task = Task(heads=heads, elements=elements, n=n, m=m, d=d, e=e, scale=scale)
+        self.arrays: dict[str, Tensor] = {}
+        self.reads(q=q)
+        self.packs(centre=centre, z=(z - centre) * scale)
+
+    def is_whole(self, core: Tensor | Factor) -> bool:
+        """Whether elements are small enough, and enough of them, for one thread each."""
+        task = self.task
+        many = task.elements >= WHOLE_ELEMENTS or task.n <= chunk()
+        return many and task.n * task.m <= WHOLE_ENTRIES and not isinstance(core, Factor)
+
+    def reads(self, **arrays: Tensor) -> None:
+        for name, x in arrays.items():
+            known = (x.stride(-1) == 1 or x.shape[-1] == 1) and not x.is_neg()
+            self._rows(name, x if known else x.resolve_neg().contiguous())
+
+    def writes(self, name: str, like: Tensor) -> Tensor:
+        """New memory, with the strides of ``like`` where its rows are contiguous."""
+        out = torch.empty_like(like, requires_grad=False)
+        if out.stride(-1) != 1:
+            out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        self._rows(name, out)
+        return out
+
+    def packs(self, **arrays: Tensor) -> None:
+        for name, x in arrays.items():
+            self._points(name, x.expand(*self.batch, *x.shape[2:]).resolve_neg().contiguous())
+
+    def makes(self, name: str, *chunks: int) -> Tensor:
+        width = self.task.d if name == "from_q" else self.task.e
+        out = self.arrays["z"].new_empty(*self.batch, *chunks, self.task.m, width)
+        self._points(name, out)
+        return out
+
+    def chunks(self, name: str, what: int) -> Tensor:
+        """What is computed of chunks, and summed over them."""
+        count = -(-self.task.n // chunk())
+        out = self.makes(name, count)
+        self.run(what)
+        return out[:, :, 0] if count == 1 else out.sum(2)
+
+    def solves(self, core: Tensor, system: Tensor | None, *, transposed: bool = False) -> None:
+        self.packs(core=core)
+        if system is not None:
+            self.packs(system=system)
+            self.task.corrections = CORRECTIONS
+        self.task.transposed_core = transposed
+
+    def run(self, what: int) -> None:
+        threads = torch.get_num_threads()
+        if kernels().lowrank_attend(ctypes.byref(self.task), what, lanes(), threads, team() if threads > 1 else None):
+            raise MemoryError(f"no memory for blocks of {self.task.m} landmarks and {self.task.n} tokens")
+
+    def _rows(self, name: str, x: Tensor) -> None:
+        self.arrays[name] = x
+        setattr(self.task, name, Rows(x.data_ptr(), *x.stride()[:3], x.dtype == torch.bfloat16))
+
+    def _points(self, name: str, x: Tensor) -> None:
+        self.arrays[name] = x
+        setattr(self.task, name, x.data_ptr())
