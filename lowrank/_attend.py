@@ -8,8 +8,7 @@ the result X = C w, a cotangent G of it, and H = C ∘ (G wᵀ + v σ̄ᵀ), the
 
 with q and z from any common origin; here it is near the landmarks (``centre``). Per entry of C that is d + 2e products
 and an exponential forward, 3d + 4e and an exponential back. w has to be known before X: where the points of a batch
-element need more blocks than are kept, the others are computed twice. Where all of C is kept, and the thread has
-computed no other attention since, it is still there on the way back.
+element need more blocks than are kept, the others are computed twice.
 
 An inverse M of P that carries rounding errors gives w with an error of cond(P)·eps of ‖M‖‖σ‖, while w itself is much
 smaller: σ is smooth, and M is large where A has its small eigenvalues. Where P is given, w solves P w = σ, by two
@@ -22,10 +21,8 @@ solve with it is as accurate, and needs no correction.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -132,10 +129,10 @@ def forward(
     out = xp.empty_like(v)  # with the strides of v
     memory, plan, found = _Memory(centre, xp), _planned(q, z), []
     room = memory.take("c", plan.room)
-    for group, blocks, places in plan.groups:
+    for group, blocks in plan.groups:
         z_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, core, system, centre))
         v_at = _together(v, group, blocks, "v", memory, xp)
-        block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, room[places, ...], memory, xp)
+        block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, room, memory, xp)
         sigma = None
         for rows in blocks:
             sigma = _plus(sigma, xp.matrix_transpose(block.at(rows)), v_at(rows), xp)
@@ -144,8 +141,6 @@ def forward(
             _put_product(out, group, rows, block.at(rows), w, "x0", memory, xp)
         found.append((sigma, w))
     sums, weights = (_joined(parts, plan, v.shape[:2], xp) for parts in zip(*found, strict=True))
-    if plan.whole and memory.stays("c", math.prod(plan.room)):
-        memory.leave(weights)
     return out, sums, weights
 
 
@@ -166,13 +161,11 @@ def backward(
     q_bar, v_bar, s2 = xp.empty_like(q), xp.empty_like(v), scale * scale
     memory, plan, found = _Memory(centre, xp), _planned(q, z), []
     room = memory.take("c", plan.room)
-    for group, blocks, places in plan.groups:
+    for group, blocks in plan.groups:
         z_, core_, system_, c_, sigma, w = (_flat(x, group, xp) for x in (z, core, system, centre, sums, weights))
         v_at, g_at = (_together(x, group, blocks, name, memory, xp) for x, name in ((v, "v"), (g, "g")))
         z_ = z_ - c_
-        block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, room[places, ...], memory, xp)
-        if memory.left_for(weights):
-            block.held = list(blocks)
+        block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, room, memory, xp)
         w_bar = None
         for rows in blocks:
             x = block.points(rows, _room(q_bar, group, rows, block.name_of_points(rows), memory, xp))
@@ -197,16 +190,11 @@ def backward(
 
 
 class _Plan(NamedTuple):
-    """Batch elements that are taken together, with the rows of their blocks and the places of these in the room for
-    blocks of C; the shape of the room; and whether each block has its own place there, which it keeps.
+    """Batch elements that are taken together, with the rows of their blocks; and the shape of the room for blocks of C,
+    in which a group has a place for each of its blocks, but the last for all that find none of their own."""
 
-    Where there are more blocks than places, groups have the same: one for each of their blocks, but the last for all
-    that find none of their own.
-    """
-
-    groups: list[tuple[tuple[slice, slice], list[slice], slice]]
+    groups: list[tuple[tuple[slice, slice], list[slice]]]
     room: tuple[int, int]
-    whole: bool
 
 
 def _planned(q: Array, z: Array) -> _Plan:
@@ -226,12 +214,7 @@ def _plan(batch: int, heads: int, n: int, m: int, entries: int, kept: int) -> _P
             blocks = _slices(n, _share(n, max(1, most // elements)))
             found.append(((images, some_heads), blocks))
             sizes.append(elements * blocks[0].stop * m)
-    counts = [min(len(blocks), kept) for _, blocks in found]
-    whole = sum(len(blocks) for _, blocks in found) <= kept
-    ends = list(itertools.accumulate(counts)) if whole else counts
-    places = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
-    groups = [(*group, place) for group, place in zip(found, places, strict=True)]
-    return _Plan(groups, (max(ends), max(sizes)), whole)
+    return _Plan(found, (min(kept, max(len(blocks) for _, blocks in found)), max(sizes)))
 
 
 def _share(total: int, most: int) -> int:
@@ -240,11 +223,10 @@ def _share(total: int, most: int) -> int:
 
 
 class _Kept(threading.local):
-    """The blocks of a thread that outlive a call, and for which weights w they are all of C, if for any."""
+    """The blocks of a thread that outlive a call."""
 
     def __init__(self) -> None:
         self.blocks: dict[tuple[object, ...], Array] = {}
-        self.weights: Callable[[], Array | None] = lambda: None
 
 
 _kept = _Kept()
@@ -260,22 +242,11 @@ class _Memory:
         self.of_call: dict[tuple[object, ...], Array] = {}
         self.of_thread = _kept.blocks if is_on_cpu(like) and is_plain(like) else self.of_call
         self.xp = xp
-        self.weights, _kept.weights = _kept.weights, lambda: None
-
-    def leave(self, weights: Array) -> None:
-        """All of C, as it is in the blocks, to the call that comes with these weights, if it is the next one."""
-        _kept.weights = weakref.ref(weights)
-
-    def left_for(self, weights: Array) -> bool:
-        return self.weights() is weights
-
-    def stays(self, name: str, size: int) -> bool:
-        """Whether a block is one of the thread's."""
-        return self.of_thread is _kept.blocks and size <= (_CPU_BLOCKS if name == "c" else 1) * _CPU_ENTRIES
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
         size = math.prod(shape)
-        blocks, key = self.of_thread if self.stays(name, size) else self.of_call, (name, *self.about)
+        stays = size <= (_CPU_BLOCKS if name == "c" else 1) * _CPU_ENTRIES
+        blocks, key = self.of_thread if stays else self.of_call, (name, *self.about)
         if key not in blocks or blocks[key].shape[0] < size:
             blocks[key] = self.new(size)
         return self.xp.reshape(blocks[key][:size], shape)
@@ -299,12 +270,9 @@ class _Blocks:
         self.half_s2 = 0.5 * scale * scale
         self.rows, self.places = blocks[0].stop, places
         self.held: list[slice | None] = [None] * len(places)
-
-    @functools.cached_property
-    def of_landmarks(self) -> tuple[Array, Array]:
-        """s²zᵀ and −s²‖z‖²/2, of which C is made."""
-        squares = self.xp.sum(self.z * self.z, axis=-1)[..., None, :]
-        return transposed_copy(self.z * (2 * self.half_s2), self.xp), -self.half_s2 * squares
+        # s²zᵀ and −s²‖z‖²/2, of which C is made.
+        self.z_t = transposed_copy(z * (2 * self.half_s2), xp)
+        self.half_z = xp.sum(z * z, axis=-1)[..., None, :] * -self.half_s2
 
     def holds(self, rows: slice) -> bool:
         """Whether C there, and with it the points, are as they were computed."""
@@ -335,9 +303,8 @@ class _Blocks:
         if self.held[place] != rows:
             if x is None:
                 x = self.points(rows, self.memory.take("x0", (batch, count, d)))
-            z_t, half_z = self.of_landmarks
             half_x = self.xp.linalg.vector_norm(x, axis=-1, keepdims=True) ** 2 * -self.half_s2
-            exp_of_negative(product_and_sums(x, z_t, half_x, half_z, c, self.xp), self.xp)
+            exp_of_negative(product_and_sums(x, self.z_t, half_x, self.half_z, c, self.xp), self.xp)
             self.held[place] = rows
         return c
 
@@ -410,7 +377,7 @@ def _joined(parts: tuple[Array, ...], plan: _Plan, batch: tuple[int, ...], xp: N
     if len(parts) == 1:
         return xp.reshape(parts[0], (*batch, *parts[0].shape[1:]))
     out = xp.empty((*batch, *parts[0].shape[1:]), dtype=parts[0].dtype, device=device(parts[0]))
-    for (group, _, _), part in zip(plan.groups, parts, strict=True):
+    for (group, _), part in zip(plan.groups, parts, strict=True):
         _put(out, group, slice(None), part, xp)
     return out
 

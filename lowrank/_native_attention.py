@@ -12,7 +12,6 @@ import ctypes
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from lowrank._array import Namespace
 from lowrank._attend import CORRECTIONS, Factor, applied, inner_cotangent
 
+NAME = "lowrank._native_kernels"
 # What is computed of chunks of the points, and of whole elements of the batch.
 SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD = range(5)
 # Entries of an element's part of C up to which it is kept from the sums to the product, 1 MiB, half of a large second
@@ -50,22 +50,29 @@ class Task(ctypes.Structure):
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL | None:
-    """The compiled library, if it is there."""
-    found = importlib.util.find_spec("lowrank._native_kernels")
-    return None if found is None or found.origin is None else ctypes.CDLL(found.origin)
+def is_built() -> bool:
+    """Whether there was a compiler."""
+    return importlib.util.find_spec(NAME) is not None
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL:
+    spec = importlib.util.find_spec(NAME)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{NAME} was not built when this package was installed")
+    return ctypes.CDLL(spec.origin)
 
 
 @functools.cache
 def lanes() -> int:
     """How many floats this processor's vectors hold."""
-    return kernels().lowrank_lanes()
+    return int(kernels().lowrank_lanes())
 
 
 @functools.cache
 def chunk() -> int:
     """How many points of an element are taken at a time."""
-    return kernels().lowrank_chunk()
+    return int(kernels().lowrank_chunk())
 
 
 @functools.cache
@@ -78,7 +85,7 @@ def applies(q: Tensor, z: Tensor, v: Tensor) -> bool:
     arrays = q, z, v
     known = z.dtype == torch.float32 and all(x.dtype in (torch.float32, torch.bfloat16) for x in (q, v))
     on_cpu = all(x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) for x in arrays)
-    return known and on_cpu and kernels() is not None and (team() is not None or torch.get_num_threads() == 1)
+    return known and on_cpu and is_built() and (team() is not None or torch.get_num_threads() == 1)
 
 
 def forward(
@@ -131,7 +138,7 @@ def backward(
         call.run(BACKWARD)
     else:
         w_bar = call.chunks("sums", SUMS)
-        sigma_bar = applied(core.mT if system is None else core, system, w_bar, xp)
+        sigma_bar = applied(xp.matrix_transpose(core) if system is None else core, system, w_bar, xp)
         call.packs(sigma_bar=sigma_bar)
         from_q = call.chunks("from_q", COTANGENTS)
     columns = (w_bar * weights + sums * sigma_bar).sum(-1, keepdim=True)  # Hᵀ1
@@ -195,7 +202,9 @@ class _Call:
 
     def run(self, what: int) -> None:
         threads = torch.get_num_threads()
-        if kernels().lowrank_attend(ctypes.byref(self.task), what, lanes(), threads, team() if threads > 1 else None):
+        if kernels().lowrank_attend(
+            ctypes.byref(self.task), what, lanes(), ctypes.c_long(threads), team() if threads > 1 else None
+        ):
             raise MemoryError(f"no memory for blocks of {self.task.m} landmarks and {self.task.n} tokens")
 
     def _rows(self, name: str, x: Tensor) -> None:

@@ -15,13 +15,18 @@ adds. Neither depends on the number of threads, and so neither do the results. *
 
 #define BLOCK 128
 #define CHUNK 1024
+#define GRAIN (1 << 19)
 /* Of exponents: what is below is taken for 0, as processors are slow with products below the smallest normal number. */
 #define LOWEST -69.8f
 /* Squared norms from which on a difference of two may be no number. */
 #define FAR 1e30f
 
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define PADDED(n) (((n) + 15) / 16 * 16)
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))
 #define MOST(a, b) ((a) > (b) ? (a) : (b))
@@ -118,7 +123,11 @@ static size_t room_of(const struct task *t, int what)
 #define LANES 16
 #define TALL 12
 #define NAME(x) x##_16
+#if defined(__clang__)
+#define TARGET __attribute__((target("avx512f"), min_vector_width(512)))
+#else
 #define TARGET __attribute__((target("avx512f")))
+#endif
 #define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #include "_native_lanes.h"
@@ -170,10 +179,10 @@ static void member(void *arg)
     free(room);
 }
 
-/* What is asked for, with vectors of so many lanes, on a team of threads that parallel (GOMP_parallel of GNU's OpenMP)
-   brings together, or on this one. Not 0 if no thread found memory to work in. */
-int lowrank_attend(const struct task *task, int what, int lanes, unsigned threads,
-                    void (*parallel)(void (*)(void *), void *, unsigned, unsigned))
+/* What is asked for, with vectors of so many lanes, on this thread or on a team of at most so many, one for each GRAIN
+   of multiplications, which parallel (GOMP_parallel of GNU's OpenMP) brings together. Not 0 if no thread found memory. */
+int lowrank_attend(const struct task *task, int what, int lanes, long threads,
+                   void (*parallel)(void (*)(void *), void *, unsigned, unsigned))
 {
     struct team team = {task, work_4, 0, 0, what};
     team.items = task->elements * (is_whole(what) ? 1 : (task->n + CHUNK - 1) / CHUNK);
@@ -183,6 +192,8 @@ int lowrank_attend(const struct task *task, int what, int lanes, unsigned thread
 #else
     (void)lanes;
 #endif
+    const long grains = task->elements * task->n * task->m * (task->d + task->e) / GRAIN + 1;
+    threads = LEAST(threads, LEAST(team.items, grains));
     if (threads > 1)
         parallel(member, &team, threads, 0);
     else

@@ -160,6 +160,20 @@ TARGET static void NAME(points)(const struct task *t, struct place p, float *x)
     }
 }
 
+/* q_bar = s(Hz - diag(H1)x) to memory, for Hz in the room for points. */
+TARGET static void NAME(less_points)(const struct task *t, struct place p, const float *of_rows, const float *x, float *hz)
+{
+    const long d = t->d, stride = PADDED(d);
+    const struct rows *out = &t->q_bar;
+    float *at = row_of(out, p);
+    const int direct = !out->half;
+    for (long i = 0; i < p.count; i++, x += stride) {
+        float *from = hz + i * stride, *to = direct ? at + i * out->of_row : from;
+        for (long k = 0; k < d; k++) to[k] = t->scale * (from[k] - of_rows[i] * x[k]);
+    }
+    if (!direct) NAME(write)(out, p, d, hz);
+}
+
 /* Landmarks of an element, in padded rows, and |z|^2/2; and whether one is so far out that care is needed. */
 struct NAME(landmarks) {
     float *z, *half_z;
@@ -251,9 +265,7 @@ TARGET static void NAME(pass)(const struct task *t, int what, long element, long
             }
             NAME(product)(m, D, p.count, h, BLOCK, 1, x, D, sums, D, 1);
             NAME(product)(p.count, D, m, h, 1, BLOCK, y->z, D, out, D, 0);
-            for (long i = 0; i < p.count; i++)
-                for (long k = 0; k < D; k++) out[i * D + k] = t->scale * (out[i * D + k] - of_rows[i] * x[i * D + k]);
-            NAME(write)(&t->q_bar, p, d, out);
+            NAME(less_points)(t, p, of_rows, x, out);
         }
     }
 }
@@ -265,7 +277,8 @@ TARGET static void NAME(work)(const struct task *t, int what, long item, float *
     const int whole = is_whole(what);
     const long chunks = whole ? 1 : (t->n + CHUNK - 1) / CHUNK, element = item / chunks;
     const long first = item % chunks * CHUNK, last = whole ? t->n : LEAST(first + CHUNK, t->n);
-    struct NAME(landmarks) y = {TAKE(m * D), TAKE(m), 0};
+    float *z = TAKE(m * D), *half_z = TAKE(m);
+    struct NAME(landmarks) y = {z, half_z, 0};
     float *w = TAKE(m * E), *s = TAKE(m * E), *sums = TAKE(m * W), *spare = TAKE(m * E);
     float *c = whole ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
     NAME(prepare)(t, element, &y);

@@ -20,8 +20,8 @@ from lowrank._attend import Factor
 
 
 class Attention(torch.autograd.Function):
-    """C M (Cᵀ v), whose way back computes C again: by the kernels of ``_fused_attention`` or ``_native_attention`` where
-    they serve, else by the blocks of ``_attend``."""
+    """C M (Cᵀ v), whose way back computes C again: by the kernels of ``_fused_attention`` on a GPU and those of
+    ``_native_attention`` on a CPU where they serve, else by the blocks of ``_attend``."""
 
     @staticmethod
     def forward(

@@ -1,0 +1,278 @@
+"""The compiled kernels of attention on a CPU against its formula in float64, and what they promise besides."""
+
+import array_api_compat
+import numpy as np
+import pytest
+import torch
+
+from lowrank import _attend, _native_attention, softmax_free_attention
+from lowrank import _torch_attention as rule
+from lowrank._attend import Factor
+
+pytestmark = pytest.mark.skipif(
+    not _native_attention.is_built(), reason="no C compiler was found when lowrank was installed"
+)
+EPS = 2.0**-23
+XP = array_api_compat.array_namespace(torch.zeros(1))
+WIDTHS = [k for k in (4, 8, 16) if _native_attention.is_built() and k <= _native_attention.lanes()]
+
+
+@pytest.fixture(params=WIDTHS, ids=str)
+def width(request, monkeypatch):
+    """Floats in a vector: what this processor has, and what smaller ones have."""
+    monkeypatch.setattr(_native_attention, "lanes", lambda: request.param)
+
+
+@pytest.fixture(params=[0, 2**62], ids=["chunks", "whole"])
+def entries(request, monkeypatch):
+    """Entries of C up to which an element is one thread's."""
+    monkeypatch.setattr(_native_attention, "WHOLE_ENTRIES", request.param)
+    monkeypatch.setattr(_native_attention, "WHOLE_ELEMENTS", 1)
+
+
+def points(seed, *shape, spread=0.5):
+    return spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def arrays(batch=(2, 3), n=300, m=7, d=5, e=4, *, solves=True):
+    """q, z, v, M, P or None, a centre, and a cotangent; P is of condition two, and M its inverse or, alone, anything."""
+    q, z, v, g = points(0, *batch, n, d), points(1, *batch, m, d), points(2, *batch, n, e), points(3, *batch, n, e)
+    core, _ = torch.linalg.qr(points(4, *batch, m, m))
+    system = core @ torch.diag(torch.linspace(1, 2, m)) @ core.mT if solves else None
+    return q, z, v, torch.linalg.inv(system) if solves else core, system, z.mean(-2, keepdim=True), g
+
+
+def both_ways(way, q, z, v, core, system, centre, g, scale=0.7):
+    """X, σ, w, q̄, z̄, v̄, and M̄ or P̄."""
+    out, sums, weights = way.forward(q, z, v, core, system, centre, scale, XP)
+    return out, sums, weights, *way.backward(q, z, v, core, system, centre, scale, sums, weights, g, XP)
+
+
+def of_float64(given):
+    return both_ways(_attend, *(None if x is None else x.double() for x in given))
+
+
+def assert_right(given, count):
+    """Against float64, where what is found is a sum of so many terms of order one, or of products with such sums."""
+    for name, x, y in zip(
+        ["X", "σ", "w", "q̄", "z̄", "v̄", "M̄"], both_ways(_native_attention, *given), of_float64(given), strict=True
+    ):
+        assert x.shape == y.shape, name
+        # Roundings of sums grow like the root of their length; the largest entry is of one, and three follow another.
+        assert (x.double() - y).abs().max() < 16 * EPS * count**0.5 * y.abs().max(), name
+
+
+@pytest.mark.parametrize("solves", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "n", "m", "d", "e"),
+    [
+        ((2, 3), 300, 7, 5, 4),
+        ((1, 1), 1, 1, 1, 1),
+        ((1, 2), 128, 12, 16, 32),
+        ((3, 1), 129, 13, 17, 33),
+        ((1, 1), 2500, 49, 32, 32),
+        ((2, 4), 1025, 50, 20, 64),
+        ((1, 2), 40, 130, 100, 7),
+    ],
+    ids=str,
+)
+def test_they_compute_what_the_formula_says(batch, n, m, d, e, solves, width, entries):
+    given = arrays(batch, n, m, d, e, solves=solves)
+    given = (given[0] * d**-0.5, given[1] * d**-0.5, *given[2:5], given[5] * d**-0.5, given[6])
+    assert_right(given, n * m)
+
+
+def test_a_factor_solves_as_well(entries):
+    q, z, v, core, system, centre, g = arrays()
+    expected = of_float64((q, z, v, core, system, centre, g))
+    factored = both_ways(_native_attention, q, z, v, Factor(torch.linalg.cholesky(system)), system, centre, g)
+    for x, y in zip(factored, expected, strict=True):
+        assert (x - y).abs().max() < 16 * EPS * (300 * 7) ** 0.5 * y.abs().max()
+
+
+@pytest.mark.parametrize("which", [0, 2, 6], ids=["q", "v", "g"])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x[:, :, :1, :1].expand(x.shape),
+        lambda x: torch.cat([x, x], -1)[..., 1 : 1 + x.shape[-1]],
+        lambda x: torch._neg_view(-x),
+        lambda x: x[:, :, ::2].repeat_interleave(2, 2)[:, :, : x.shape[2]],
+    ],
+    ids=["tokens", "transposed", "one number", "part of a row", "negated", "repeated"],
+)
+def test_rows_may_lie_anywhere(which, made, width):
+    given = list(arrays(n=200, d=16, e=16))
+    given[which] = made(given[which])
+    assert_right(given, 200 * 7)
+    contiguous = both_ways(_native_attention, *(x if x is None else x.resolve_neg().contiguous() for x in given))
+    for x, y in zip(both_ways(_native_attention, *given), contiguous, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_results_have_the_strides_of_their_arguments():
+    q, z, v, *others = arrays()
+    q, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, v))
+    out, _, _, q_bar, _, v_bar, _ = both_ways(_native_attention, q, z, v, *others)
+    assert (out.stride(), q_bar.stride(), v_bar.stride()) == (v.stride(), q.stride(), v.stride())
+
+
+@pytest.mark.parametrize("halves", [(0,), (2, 6), (0, 2, 6)], ids=str)
+@pytest.mark.parametrize("e", [4, 16])
+def test_half_precision_is_rounded_at_the_end_alone(halves, e, width, entries):
+    given = list(arrays(e=e))
+    for i in halves:
+        given[i] = given[i].bfloat16()
+    wide = both_ways(_native_attention, *(x.float() for x in given))
+    for x, y, like in zip(both_ways(_native_attention, *given), wide, [2, 1, 1, 0, 1, 2, 1], strict=True):
+        assert x.dtype == given[like].dtype
+        assert torch.equal(x, y.to(x.dtype))
+
+
+def test_half_precision_holds_what_is_no_number_and_what_is_too_large():
+    q, z, v, *others = arrays(batch=(4, 1), n=3)
+    v[0], v[1], v[2] = torch.nan, torch.inf, 3e38
+    found, expected = (_native_attention.forward(q, z, v.to(t), *others[:3], 0.7, XP)[0] for t in (torch.bfloat16,) * 2)
+    wide = _native_attention.forward(q, z, v.bfloat16().float(), *others[:3], 0.7, XP)[0]
+    assert torch.equal(found.isnan(), wide.isnan())
+    assert found[0].isnan().all()
+    assert torch.equal(torch.nan_to_num(found, 7.0), torch.nan_to_num(expected, 7.0))
+    assert torch.equal(torch.nan_to_num(found, 7.0), torch.nan_to_num(wide.bfloat16(), 7.0))
+
+
+def test_results_do_not_depend_on_the_number_of_threads(entries):
+    given = arrays(batch=(2, 3), n=3000, m=20, d=16, e=16)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found.append(both_ways(_native_attention, *given))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, 1, 2, 6], ids=["q", "z", "v", "g"])
+def test_what_is_no_number_stays_in_its_element(which, value, width, entries):
+    given = arrays(n=200)
+    clean = both_ways(_native_attention, *given)
+    spoilt = [x.clone() for x in given]
+    spoilt[which][1, 2, 3, 1] = value
+    spoilt[5] = spoilt[1].mean(-2, keepdim=True)
+    found = both_ways(_native_attention, *spoilt)
+    element = torch.zeros(2, 3, dtype=torch.bool)
+    element[1, 2] = True
+    for x, y in zip(found, clean, strict=True):
+        assert torch.equal(x[~element], y[~element])
+    # The landmark's distances to all points are no numbers, and so is a point's to all landmarks. One at infinity is
+    # far from everything, but for those arithmetic of ∞ − ∞.
+    assert any(not torch.isfinite(x[element]).all() for x in found)
+
+
+def test_exponentials_are_right_to_rounding_and_none_is_below_the_normal_numbers(width):
+    """One point, one landmark at the origin: σ is exp(−q²/2)."""
+    q = torch.cat([torch.linspace(0, 15, 4001), torch.tensor([1e4, 1e15, 1e18, 3e38, torch.inf, torch.nan])])
+    one = torch.ones(len(q), 1, 1, 1)
+    zero = torch.zeros_like(one)
+    _, found, _ = _native_attention.forward(q[:, None, None, None], zero, one, one, None, zero, 1.0, XP)
+    found, half = found.flatten()[:4001].double(), 0.5 * q[:4001].double() ** 2
+    kept = half < 69.8
+    # Of the argument one rounding, that of a square: x·eps.
+    assert ((found - torch.exp(-half)).abs() <= EPS * (2 + half) * torch.exp(-half))[kept].all()
+    assert (found[half > 69.81] == 0).all()
+    assert found[0] == 1
+
+
+@pytest.mark.parametrize("far", [1e4, 1e10, 1e18])
+def test_points_far_from_all_landmarks_get_nothing(far, width):
+    q, z, v, *others = arrays()
+    q[:, :, 100:] += far
+    out, *_ = _native_attention.forward(q, z, v, *others[:3], 0.7, XP)
+    assert torch.equal(out[:, :, 100:], torch.zeros_like(out[:, :, 100:]))
+    near, *_ = _native_attention.forward(q[:, :, :100], z, v[:, :, :100], *others[:3], 0.7, XP)
+    torch.testing.assert_close(out[:, :, :100], near)
+
+
+def test_no_kernel_matrix_exceeds_one():
+    """Where rounding would make a squared distance negative: points on landmarks far from their mean."""
+    z = 3e3 + points(1, 1, 1, 8, 16)
+    z[..., 4:, :] -= 6e3
+    _, sums, _ = _native_attention.forward(
+        z, z, torch.ones(1, 1, 8, 16), torch.eye(8)[None, None], None, z.mean(-2, keepdim=True), 1.0, XP
+    )
+    # Four points at most are near a landmark.
+    assert sums.max() <= 4
+
+
+def test_which_way_is_taken(monkeypatch):
+    q, z, v = (x[0, 0] for x in arrays()[:3])
+
+    class Named(torch.Tensor):
+        """A tensor that may mean something else."""
+
+    assert rule._way(q, z, v) is _native_attention
+    assert rule._way(q.bfloat16(), z, v.bfloat16()) is _native_attention
+    assert rule._way(torch.nn.Parameter(q), z, v) is _native_attention
+    assert rule._way(q.half(), z, v.half()) is _attend
+    assert rule._way(q.double(), z.double(), v.double()) is _attend
+    assert rule._way(q.as_subclass(Named), z, v) is _attend
+    with monkeypatch.context() as changed:
+        changed.setattr(_native_attention, "team", lambda: None)
+        changed.setattr(torch, "get_num_threads", lambda: 2)
+        assert rule._way(q, z, v) is _attend
+    monkeypatch.setattr(_native_attention, "is_built", lambda: False)
+    assert rule._way(q, z, v) is _attend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["newton", "direct"])
+def test_attention_is_the_same_without_a_compiler(dtype, method, monkeypatch):
+    q, z, v, *_, g = arrays(n=500, m=12, d=8, e=8)
+    q, v, g = (x.to(dtype) for x in (q, v, g))
+
+    def all_of():
+        leaves = [x.clone().requires_grad_() for x in (q, v, z)]
+        out = softmax_free_attention(*leaves, method=method)
+        return out.detach(), *torch.autograd.grad(out, leaves, g)
+
+    compiled = all_of()
+    monkeypatch.setattr(_native_attention, "is_built", lambda: False)
+    for x, y in zip(compiled, all_of(), strict=True):
+        # In z̄ the condition of P, at most 1 + 12/0.01, meets sums of 500 terms.
+        assert (x - y).abs().max() <= (2**-8 if x.dtype == torch.bfloat16 else 1e3 * EPS) * y.abs().max()
+
+
+def test_no_memory_is_an_error_and_no_result():
+    q, z, v, _, _, centre, _ = arrays()
+    call = _native_attention._Call(q, z, v, centre, 1.0)
+    call.reads(summed=v)
+    call.makes("sums", 1)
+    call.task.m = 2**40
+    with pytest.raises(MemoryError, match="blocks of 1099511627776 landmarks and 300 tokens"):
+        call.run(_native_attention.SUMS)
+
+
+def test_what_is_computed_in_is_no_result(entries):
+    """Memory that threads worked in before holds other numbers then."""
+    given = arrays(n=150)
+    first = both_ways(_native_attention, *given)
+    copies = [x.clone() for x in first]
+    both_ways(_native_attention, *arrays(n=700, m=30, d=40, e=50))
+    assert all(map(torch.equal, first, copies))
+    assert all(map(torch.equal, both_ways(_native_attention, *given), copies))
+
+
+def test_the_tasks_structures_are_those_of_the_kernels():
+    """As many numbers of eight bytes as _native_kernels.c declares, and one of four."""
+    assert _native_attention.Rows.at.size == np.dtype(np.intp).itemsize
+    source = (_native_attention.__file__.removesuffix("attention.py")) + "kernels.c"
+    with open(source) as file:
+        text = file.read()
+    task = text.split("struct task {")[1].split("}")[0]
+    names = [name for line in task.strip().split(";") for name in line.replace("*", " ").replace(",", " ").split()]
+    declared = [name for name in names if name not in ("int64_t", "struct", "rows", "const", "float")]
+    assert declared == [name for name, _ in _native_attention.Task._fields_]
