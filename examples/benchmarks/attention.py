@@ -1,6 +1,7 @@
-"""Time, memory and error of attention against the number of tokens, from 256 to 2²⁰, for eight kinds of attention.
+"""Time, memory and error of attention against the number of tokens, from 256 to 2²⁰, for nine kinds of attention.
 
 lowrank        ``softmax_free_attention`` with 49 landmarks, the means of 49 segments, which are part of the call.
+blocks         The same without its compiled kernels, as where there was no C compiler: by torch's operations.
 null key       The same by two calls of torch's scaled_dot_product_attention with one key more: the way of
                ``queries=``, here the keys themselves.
 textbook       The same formula as it is usually written (Lu et al., NeurIPS 2021, as released): three products for
@@ -40,6 +41,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -47,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank import gaussian_kernel, gaussian_matmul, softmax_free_attention
+from lowrank import _native_attention, gaussian_kernel, gaussian_matmul, softmax_free_attention
 from lowrank.landmarks import segment_means
 
 matplotlib.use("Agg")
@@ -106,8 +108,14 @@ def null_key(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
     return softmax_free_attention(q, v, z, queries=q, ridge=RIDGE)
 
 
+def blocks(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
+    with mock.patch.object(_native_attention, "is_built", return_value=False):
+        return softmax_free_attention(q, v, z, ridge=RIDGE)
+
+
 # Softmax-free attention on given landmarks, by name: q, v, z -> k(q, z) A⁺ k(z, q) v.
 ROUTES = {"lowrank": partial(softmax_free_attention, ridge=RIDGE), "null key": null_key, "textbook": textbook}
+ROUTES["blocks"] = blocks
 ROUTES["direct"] = partial(softmax_free_attention, ridge=RIDGE, method="direct")
 
 
