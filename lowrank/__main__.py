@@ -28,6 +28,8 @@ def main() -> None:
         print(f"  {name:<18}{version(name) or 'not installed'}")
     cupy = [name for name in installed() if name.startswith("cupy")]
     print(f"  {'cupy':<18}{', '.join(f'{name} {version(name)}' for name in cupy) or 'not installed'}")
+    built = "built" if importlib.util.find_spec("lowrank._native_kernels") else "not built: there was no C compiler"
+    print(f"  {'compiled kernels':<18}{built}")
     print("array libraries and devices, and what a 4 × 4 inverse in float32 leaves of I − XA:")
     for label, asarray in arrays():
         print(f"  {label:<40}{residual(asarray):.1e}")
