@@ -116,7 +116,7 @@ static size_t room_of(const struct task *t, int what)
 {
     const size_t m = t->m, D = PADDED(t->d), E = PADDED(t->e), W = MOST(D, E);
     const size_t blocks = is_whole(what) ? (t->n + BLOCK - 1) / BLOCK : 1;
-    return BLOCK * (2 * D + 4 * E + W + m * (1 + blocks)) + m * (D + 3 * E + W) + PADDED(m);
+    return BLOCK * (2 * D + 4 * E + W + m * (1 + blocks)) + m * (D + 3 * E + 2 * W) + PADDED(m);
 }
 
 #if defined(__x86_64__)

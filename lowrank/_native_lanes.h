@@ -105,6 +105,11 @@ TARGET static void NAME(unpad)(long rows, long width, const float *x, float *out
         for (long k = 0; k < width; k++) out[k] = x[k];
 }
 
+TARGET static void NAME(accumulate)(long n, const float *x, float *sums)
+{
+    for (long i = 0; i < n; i++) sums[i] += x[i];
+}
+
 /* Rows of an array, as floats in padded rows; where they are such they stay where they are. */
 TARGET static struct block NAME(read)(const struct rows *x, struct place p, long width, float *room)
 {
@@ -185,15 +190,15 @@ TARGET static void NAME(prepare)(const struct task *t, long element, struct NAME
     const long m = t->m, d = t->d, D = PADDED(d);
     NAME(pad)(m, d, t->z + element * m * d, y->z);
     for (long j = 0; j < m; j++) {
-        vec sum = {0};
-        for (long k = 0; k < D; k += LANES) sum += *(vec *)(y->z + j * D + k) * *(vec *)(y->z + j * D + k);
-        y->half_z[j] = 0;
-        for (int k = 0; k < LANES; k++) y->half_z[j] += 0.5f * sum[k];
+        float sum = 0;
+        for (long k = 0; k < d; k++) sum += y->z[j * D + k] * y->z[j * D + k];
+        y->half_z[j] = 0.5f * sum;
         y->far |= !(y->half_z[j] < FAR);
     }
 }
 
-/* C transposed, (m, BLOCK), of points transposed, (d, BLOCK). */
+/* C transposed, (m, BLOCK), of points transposed, (d, BLOCK). x'z, |x|^2 and |z|^2 are summed in the same order: where a
+   point is next to a landmark their roundings are nearly the same, and go. */
 TARGET static void NAME(gaussians)(const struct task *t, int what, const struct NAME(landmarks) *y, const float *x,
                                    float *c, struct place next)
 {
@@ -238,6 +243,7 @@ TARGET static void NAME(pass)(const struct task *t, int what, long element, long
     const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e);
     float *x = TAKE(BLOCK * D), *x_t = TAKE(BLOCK * D), *v_room = TAKE(BLOCK * E), *g_room = TAKE(BLOCK * E);
     float *v_t = TAKE(BLOCK * E), *g_t = TAKE(BLOCK * E), *out = TAKE(BLOCK * MOST(D, E)), *h = TAKE(BLOCK * m);
+    float *of_block = TAKE(m * MOST(D, E));
     float *c = c_kept ? c_kept : TAKE(BLOCK * m);
     for (long r = first; r < last; r += BLOCK, c += c_kept ? BLOCK * m : 0) {
         const struct place p = place_of(t, element, r, last), next = place_of(t, element, r + BLOCK, last);
@@ -249,7 +255,8 @@ TARGET static void NAME(pass)(const struct task *t, int what, long element, long
         }
         if (what == SUMS) {
             const struct block v = NAME(read)(&t->summed, p, e, v_room);
-            NAME(product)(m, E, p.count, c, BLOCK, 1, v.at, v.stride, sums, E, 1);
+            NAME(product)(m, E, p.count, c, BLOCK, 1, v.at, v.stride, of_block, E, 0);
+            NAME(accumulate)(m * E, of_block, sums);
         } else if (what == PRODUCT)
             NAME(apply)(&t->out, p, e, m, c, w, out);
         else {
@@ -263,7 +270,8 @@ TARGET static void NAME(pass)(const struct task *t, int what, long element, long
                 fetch(t, what, next, j, m);
                 for (long i = 0; i < BLOCK; i++) of_rows[i] += h[j * BLOCK + i] *= c[j * BLOCK + i];
             }
-            NAME(product)(m, D, p.count, h, BLOCK, 1, x, D, sums, D, 1);
+            NAME(product)(m, D, p.count, h, BLOCK, 1, x, D, of_block, D, 0);
+            NAME(accumulate)(m * D, of_block, sums);
             NAME(product)(p.count, D, m, h, 1, BLOCK, y->z, D, out, D, 0);
             NAME(less_points)(t, p, of_rows, x, out);
         }
