@@ -67,10 +67,10 @@ INLINE TARGET vec NAME(exp)(vec x, int careful)
     return (vec)scaled;
 }
 
-/* The transpose, (N, BLOCK), of rows (count, N), N a multiple of LANES; 0 beyond them. */
+/* The transpose, (N, count) in rows of BLOCK, of rows (count, N), N a multiple of LANES; and 0 as far as PADDED(count). */
 TARGET static void NAME(transpose)(long count, long N, struct block rows, float *out)
 {
-    for (long r = 0; r < BLOCK; r += LANES)
+    for (long r = 0; r < PADDED(count); r += LANES)
         for (long n = 0; n < N; n += LANES) {
             vec a[LANES], b[LANES];
             if (count - r >= LANES)
@@ -197,27 +197,28 @@ TARGET static void NAME(prepare)(const struct task *t, long element, struct NAME
     }
 }
 
-/* C transposed, (m, BLOCK), of points transposed, (d, BLOCK). x'z, |x|^2 and |z|^2 are summed in the same order: where a
+/* C transposed, (m, count), of points transposed, (d, count), in rows of BLOCK. x'z, |x|^2 and |z|^2 are summed in the same order: where a
    point is next to a landmark their roundings are nearly the same, and go. */
 TARGET static void NAME(gaussians)(const struct task *t, int what, const struct NAME(landmarks) *y, const float *x,
-                                   float *c, struct place next)
+                                   float *c, long count, struct place next)
 {
+    const long width = PADDED(count);
     float half_x[BLOCK];
     int careful = y->far;
-    for (long r = 0; r < BLOCK; r += LANES) {
+    for (long r = 0; r < width; r += LANES) {
         vec sum = {0};
         for (long k = 0; k < t->d; k++) sum += *(const vec *)(x + k * BLOCK + r) * *(const vec *)(x + k * BLOCK + r);
         *(vec *)(half_x + r) = sum * 0.5f;
     }
-    for (long r = 0; r < BLOCK; r++) careful |= !(half_x[r] < FAR);
-    NAME(product)(t->m, BLOCK, t->d, y->z, PADDED(t->d), 1, x, BLOCK, c, BLOCK, 0);
+    for (long r = 0; r < width; r++) careful |= !(half_x[r] < FAR);
+    NAME(product)(t->m, width, t->d, y->z, PADDED(t->d), 1, x, BLOCK, c, BLOCK, 0);
     for (long j = 0; j < t->m; j++, c += BLOCK) {
         if (what != COTANGENTS) fetch(t, what, next, j, t->m);
         if (careful)
-            for (long r = 0; r < BLOCK; r += LANES)
+            for (long r = 0; r < width; r += LANES)
                 *(vec *)(c + r) = NAME(exp)(*(vec *)(c + r) - (*(vec *)(half_x + r) + y->half_z[j]), 1);
         else
-            UNROLL for (long r = 0; r < BLOCK; r += LANES)
+            for (long r = 0; r < width; r += LANES)
                 *(vec *)(c + r) = NAME(exp)(*(vec *)(c + r) - (*(vec *)(half_x + r) + y->half_z[j]), 0);
     }
 }
@@ -251,7 +252,7 @@ TARGET static void NAME(pass)(const struct task *t, int what, long element, long
         if (!found || what == COTANGENTS) NAME(points)(t, p, x);
         if (!found) {
             NAME(transpose)(p.count, D, (struct block){x, D}, x_t);
-            NAME(gaussians)(t, what, y, x_t, c, next);
+            NAME(gaussians)(t, what, y, x_t, c, p.count, next);
         }
         if (what == SUMS) {
             const struct block v = NAME(read)(&t->summed, p, e, v_room);
@@ -264,11 +265,11 @@ TARGET static void NAME(pass)(const struct task *t, int what, long element, long
             NAME(apply)(&t->v_bar, p, e, m, c, s, out);
             NAME(transpose)(p.count, E, NAME(read)(&t->v, p, e, v_room), v_t);
             NAME(transpose)(p.count, E, NAME(read)(&t->g, p, e, g_room), g_t);
-            NAME(product)(m, BLOCK, e, w, E, 1, g_t, BLOCK, h, BLOCK, 0);
-            NAME(product)(m, BLOCK, e, s, E, 1, v_t, BLOCK, h, BLOCK, 1);
+            NAME(product)(m, PADDED(p.count), e, w, E, 1, g_t, BLOCK, h, BLOCK, 0);
+            NAME(product)(m, PADDED(p.count), e, s, E, 1, v_t, BLOCK, h, BLOCK, 1);
             for (long j = 0; j < m; j++) {
                 fetch(t, what, next, j, m);
-                for (long i = 0; i < BLOCK; i++) of_rows[i] += h[j * BLOCK + i] *= c[j * BLOCK + i];
+                for (long i = 0; i < p.count; i++) of_rows[i] += h[j * BLOCK + i] *= c[j * BLOCK + i];
             }
             NAME(product)(m, D, p.count, h, BLOCK, 1, x, D, of_block, D, 0);
             NAME(accumulate)(m * D, of_block, sums);
