@@ -2,8 +2,10 @@
 
 typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t NAME(bits) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t NAME(ubits) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define vec NAME(vec)
 #define bits NAME(bits)
+#define ubits NAME(ubits)
 
 /* O[i, n] = sum over k < K of A[i*si + k*sk] B[k*sb + n], + O[i, n] if add, for i < I and n < V*LANES: a tile that
    stays in the registers. */
@@ -62,7 +64,7 @@ INLINE TARGET vec NAME(exp)(vec x, int careful)
     p = p * r + 4.9999994210e-01f;
     p = p * r + 1.0000000322e+00f;
     p = p * r + 1.0f;
-    const bits scaled = ((bits)p + ((bits)shifted << 23)) & known;
+    const bits scaled = (bits)((ubits)p + ((ubits)shifted << 23)) & known;
     if (careful) return (vec)((scaled & ~unknown) | ((bits)x & unknown));
     return (vec)scaled;
 }
@@ -310,6 +312,7 @@ TARGET static void NAME(work)(const struct task *t, int what, long item, float *
 
 #undef vec
 #undef bits
+#undef ubits
 #undef NAME
 #undef TARGET
 #undef LANES
