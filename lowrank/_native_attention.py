@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lowrank._array import Namespace
 from lowrank._attend import CORRECTIONS, Factor, applied, inner_cotangent
@@ -82,6 +83,10 @@ def team() -> Callable[..., None] | None:
 
 
 def applies(q: Tensor, z: Tensor, v: Tensor) -> bool:
+    """Whether they are torch's own tensors, and nobody watches what torch does, to count or to record it: whoever does
+    would miss what is computed here."""
+    if _get_current_dispatch_mode() is not None:
+        return False
     arrays = q, z, v
     known = z.dtype == torch.float32 and all(x.dtype in (torch.float32, torch.bfloat16) for x in (q, v))
     on_cpu = all(x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) for x in arrays)

@@ -5,6 +5,7 @@ from pathlib import Path
 import array_api_compat
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank import _attend, _native_attention, softmax_free_attention
 from lowrank import _torch_attention as rule
@@ -223,6 +224,8 @@ def test_which_way_is_taken(monkeypatch):
     assert rule._way(q.half(), z, v.half()) is _attend
     assert rule._way(q.double(), z.double(), v.double()) is _attend
     assert rule._way(q.as_subclass(Named), z, v) is _attend
+    with FlopCounterMode(display=False):
+        assert rule._way(q, z, v) is _attend
     with monkeypatch.context() as changed:
         changed.setattr(_native_attention, "team", lambda: None)
         changed.setattr(torch, "get_num_threads", lambda: 2)
