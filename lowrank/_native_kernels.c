@@ -15,6 +15,7 @@ adds. Neither depends on the number of threads, and so neither do the results. *
 
 #define BLOCK 128
 #define CHUNK 1024
+/* Multiplications that are worth another thread: some microseconds of one. */
 #define GRAIN (1 << 19)
 /* Of exponents: what is below is taken for 0, as processors are slow with products below the smallest normal number. */
 #define LOWEST -69.8f
@@ -32,7 +33,8 @@ adds. Neither depends on the number of threads, and so neither do the results. *
 #define MOST(a, b) ((a) > (b) ? (a) : (b))
 #define TAKE(size) (room += PADDED(size), room - PADDED(size))
 
-/* Of chunks: C' times what is summed; Cw; v_bar, q_bar and H'x. Of whole elements: C'v, w and Cw; C'g, sigma_bar and those cotangents. */
+/* Of chunks: C' times what is summed; Cw; v_bar, q_bar and H'x. Of whole elements: C'v, w and Cw; C'g, sigma_bar and
+   those cotangents. */
 enum { SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD };
 
 /* Rows of an array (batch, heads, n, width) in memory: each is contiguous; strides are in numbers, which are float, or
