@@ -224,6 +224,9 @@ def test_which_way_is_taken(monkeypatch):
     assert rule._way(q.half(), z, v.half()) is _attend
     assert rule._way(q.double(), z.double(), v.double()) is _attend
     assert rule._way(q.as_subclass(Named), z, v) is _attend
+    assert rule._way(*(x.repeat(1, 24)[:, :96] for x in (q, z, v))) is _native_attention
+    assert rule._way(*(x.repeat(1, 20)[:, :97] for x in (q, z)), v) is _attend
+    assert rule._way(q, z, v.repeat(1, 25)[:, :97]) is _attend
     with FlopCounterMode(display=False):
         assert rule._way(q, z, v) is _attend
     with monkeypatch.context() as changed:
