@@ -115,7 +115,7 @@ def forward(
         sums, weights = call.makes("sums"), call.makes("w")
         call.run(FORWARD)
     else:
-        sums = call.chunks("sums", SUMS)
+        sums = call.by_chunks("sums", SUMS)
         weights = applied(core, system, sums, xp)
         call.packs(w=weights)
         call.run(PRODUCT)
@@ -145,10 +145,10 @@ def backward(
         w_bar, sigma_bar, from_q = call.makes("sums"), call.makes("sigma_bar"), call.makes("from_q")
         call.run(BACKWARD)
     else:
-        w_bar = call.chunks("sums", SUMS)
+        w_bar = call.by_chunks("sums", SUMS)
         sigma_bar = applied(xp.matrix_transpose(core) if system is None else core, system, w_bar, xp)
         call.packs(sigma_bar=sigma_bar)
-        from_q = call.chunks("from_q", COTANGENTS)
+        from_q = call.by_chunks("from_q", COTANGENTS)
     columns = (w_bar * weights + sums * sigma_bar).sum(-1, keepdim=True)  # Hᵀ1
     z_bar = (from_q - columns * call.arrays["z"]) * scale
     return q_bar, z_bar, v_bar, inner_cotangent(system, w_bar, sigma_bar, sums, weights)
@@ -194,7 +194,7 @@ class _Call:
         self._points(name, out)
         return out
 
-    def chunks(self, name: str, what: int) -> Tensor:
+    def by_chunks(self, name: str, what: int) -> Tensor:
         """What is computed of chunks, and summed over them."""
         count = -(-self.task.n // chunk())
         out = self.makes(name, count)

@@ -28,6 +28,7 @@ adds. Neither depends on the number of threads, and so neither do the results. *
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
+/* To a multiple of the widest vectors there are. */
 #define PADDED(n) (((n) + 15) / 16 * 16)
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))
 #define MOST(a, b) ((a) > (b) ? (a) : (b))

@@ -69,7 +69,7 @@ INLINE TARGET vec NAME(exp)(vec x, int careful)
     return (vec)scaled;
 }
 
-/* The transpose, (N, count) in rows of BLOCK, of rows (count, N), N a multiple of LANES; and 0 as far as PADDED(count). */
+/* The transpose, (N, count) in rows of BLOCK, of rows (count, N), N a multiple of LANES, and 0 up to PADDED(count). */
 TARGET static void NAME(transpose)(long count, long N, struct block rows, float *out)
 {
     for (long r = 0; r < PADDED(count); r += LANES)
@@ -168,7 +168,8 @@ TARGET static void NAME(points)(const struct task *t, struct place p, float *x)
 }
 
 /* q_bar = s(Hz - diag(H1)x) to memory, for Hz in the room for points. */
-TARGET static void NAME(less_points)(const struct task *t, struct place p, const float *of_rows, const float *x, float *hz)
+TARGET static void NAME(less_points)(const struct task *t, struct place p, const float *of_rows, const float *x,
+                                     float *hz)
 {
     const long d = t->d, stride = PADDED(d);
     const struct rows *out = &t->q_bar;
@@ -199,8 +200,9 @@ TARGET static void NAME(prepare)(const struct task *t, long element, struct NAME
     }
 }
 
-/* C transposed, (m, count), of points transposed, (d, count), in rows of BLOCK. x'z, |x|^2 and |z|^2 are summed in the same order: where a
-   point is next to a landmark their roundings are nearly the same, and go. */
+/* C transposed, (m, count), of points transposed, (d, count), in rows of BLOCK. x'z, |x|^2 and |z|^2 are summed in the
+   same order: where a point is next to a landmark their roundings are nearly the same, and go. next are the points
+   that come next. */
 TARGET static void NAME(gaussians)(const struct task *t, int what, const struct NAME(landmarks) *y, const float *x,
                                    float *c, long count, struct place next)
 {

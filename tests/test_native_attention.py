@@ -44,19 +44,19 @@ def arrays(batch=(2, 3), n=300, m=7, d=5, e=4, *, solves=True):
     return q, z, v, torch.linalg.inv(system) if solves else core, system, z.mean(-2, keepdim=True), g
 
 
-def both_ways(way, q, z, v, core, system, centre, g, scale=0.7):
+def there_and_back(way, q, z, v, core, system, centre, g, scale=0.7):
     """X, σ, w, q̄, z̄, v̄, and M̄ or P̄."""
     out, sums, weights = way.forward(q, z, v, core, system, centre, scale, XP)
     return out, sums, weights, *way.backward(q, z, v, core, system, centre, scale, sums, weights, g, XP)
 
 
 def of_float64(given):
-    return both_ways(_attend, *(None if x is None else x.double() for x in given))
+    return there_and_back(_attend, *(None if x is None else x.double() for x in given))
 
 
 def assert_right(given, count):
     """Against float64, where what is found is a sum of so many terms of order one, or of products with such sums."""
-    ways = both_ways(_native_attention, *given), of_float64(given)
+    ways = there_and_back(_native_attention, *given), of_float64(given)
     for name, x, y in zip(["X", "σ", "w", "q̄", "z̄", "v̄", "M̄"], *ways, strict=True):
         assert x.shape == y.shape, name
         # Roundings of sums grow like the root of their length; the largest entry is of one, and three follow another.
@@ -86,7 +86,7 @@ def test_they_compute_what_the_formula_says(batch, n, m, d, e, solves, width, en
 def test_a_factor_solves_as_well(entries):
     q, z, v, core, system, centre, g = arrays()
     expected = of_float64((q, z, v, core, system, centre, g))
-    factored = both_ways(_native_attention, q, z, v, Factor(torch.linalg.cholesky(system)), system, centre, g)
+    factored = there_and_back(_native_attention, q, z, v, Factor(torch.linalg.cholesky(system)), system, centre, g)
     for x, y in zip(factored, expected, strict=True):
         assert (x - y).abs().max() < 16 * EPS * (300 * 7) ** 0.5 * y.abs().max()
 
@@ -108,15 +108,15 @@ def test_rows_may_lie_anywhere(which, made, width):
     given = list(arrays(n=200, d=16, e=16))
     given[which] = made(given[which])
     assert_right(given, 200 * 7)
-    contiguous = both_ways(_native_attention, *(x if x is None else x.resolve_neg().contiguous() for x in given))
-    for x, y in zip(both_ways(_native_attention, *given), contiguous, strict=True):
+    contiguous = there_and_back(_native_attention, *(x if x is None else x.resolve_neg().contiguous() for x in given))
+    for x, y in zip(there_and_back(_native_attention, *given), contiguous, strict=True):
         assert torch.equal(x, y)
 
 
 def test_results_have_the_strides_of_their_arguments():
     q, z, v, *others = arrays()
     q, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, v))
-    out, _, _, q_bar, _, v_bar, _ = both_ways(_native_attention, q, z, v, *others)
+    out, _, _, q_bar, _, v_bar, _ = there_and_back(_native_attention, q, z, v, *others)
     assert (out.stride(), q_bar.stride(), v_bar.stride()) == (v.stride(), q.stride(), v.stride())
 
 
@@ -126,8 +126,8 @@ def test_half_precision_is_rounded_at_the_end_alone(halves, e, width, entries):
     given = list(arrays(e=e))
     for i in halves:
         given[i] = given[i].bfloat16()
-    wide = both_ways(_native_attention, *(x.float() for x in given))
-    for x, y, like in zip(both_ways(_native_attention, *given), wide, [2, 1, 1, 0, 1, 2, 1], strict=True):
+    wide = there_and_back(_native_attention, *(x.float() for x in given))
+    for x, y, like in zip(there_and_back(_native_attention, *given), wide, [2, 1, 1, 0, 1, 2, 1], strict=True):
         assert x.dtype == given[like].dtype
         assert torch.equal(x, y.to(x.dtype))
 
@@ -152,7 +152,7 @@ def test_results_do_not_depend_on_the_number_of_threads(entries):
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            found.append(both_ways(_native_attention, *given))
+            found.append(there_and_back(_native_attention, *given))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
@@ -163,11 +163,11 @@ def test_results_do_not_depend_on_the_number_of_threads(entries):
 @pytest.mark.parametrize("which", [0, 1, 2, 6], ids=["q", "z", "v", "g"])
 def test_what_is_no_number_stays_in_its_element(which, value, width, entries):
     given = arrays(n=200)
-    clean = both_ways(_native_attention, *given)
+    clean = there_and_back(_native_attention, *given)
     spoilt = [x.clone() for x in given]
     spoilt[which][1, 2, 3, 1] = value
     spoilt[5] = spoilt[1].mean(-2, keepdim=True)
-    found = both_ways(_native_attention, *spoilt)
+    found = there_and_back(_native_attention, *spoilt)
     element = torch.zeros(2, 3, dtype=torch.bool)
     element[1, 2] = True
     for x, y in zip(found, clean, strict=True):
@@ -268,11 +268,11 @@ def test_no_memory_is_an_error_and_no_result():
 def test_what_is_computed_in_is_no_result(entries):
     """Memory that threads worked in before holds other numbers then."""
     given = arrays(n=150)
-    first = both_ways(_native_attention, *given)
+    first = there_and_back(_native_attention, *given)
     copies = [x.clone() for x in first]
-    both_ways(_native_attention, *arrays(n=700, m=30, d=40, e=50))
+    there_and_back(_native_attention, *arrays(n=700, m=30, d=40, e=50))
     assert all(map(torch.equal, first, copies))
-    assert all(map(torch.equal, both_ways(_native_attention, *given), copies))
+    assert all(map(torch.equal, there_and_back(_native_attention, *given), copies))
 
 
 def test_the_tasks_structures_are_those_of_the_kernels():
