@@ -341,7 +341,11 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 
 
 def sizes_from(text: str) -> tuple[int, ...]:
-    if min(sizes := tuple(map(int, text.split(",")))) < 64:
+    try:
+        sizes = tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers of pixels, comma-separated, not {text!r}") from None
+    if min(sizes) < 64:
         raise argparse.ArgumentTypeError(f"must be at least 64 pixels, so that every stage has a landmark, not {text}")
     return sizes
 
