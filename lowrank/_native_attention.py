@@ -1,26 +1,20 @@
-"""Softmax-free attention of torch tensors on a CPU by the compiled kernels of ``_native_kernels.c``.
+"""Softmax-free attention of torch tensors on a CPU by compiled kernels.
 
-They are built where there is a C compiler when the package is installed, GCC 12 or Clang; without them the blocks of
-``_attend`` compute the same. A block of C stays in the nearest caches from its distances to the last product with it,
-where a library's operations pass it through memory once for each of them, and its small products reach the speed of
-large ones. They run on the threads that torch has: threads beside them would wait for theirs.
+A block of C stays in the nearest caches from its distances to the last product with it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from lowrank import _native
 from lowrank._array import Namespace
 from lowrank._attend import CORRECTIONS, Factor, applied, inner_cotangent
 
-NAME = "lowrank._native_kernels"
 # What is computed of chunks of the points, and of whole elements of the batch.
 SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD = range(5)
 # Entries of an element's part of C up to which it is kept from the sums to the product, 1 MiB, half of a large second
@@ -41,7 +35,7 @@ class Rows(ctypes.Structure):
 
 
 class Task(ctypes.Structure):
-    """``struct task``."""
+    """``struct attention``."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("heads", "elements", "n", "m", "d", "e")),
@@ -54,46 +48,15 @@ class Task(ctypes.Structure):
 
 
 @functools.cache
-def is_built() -> bool:
-    """Whether there was a compiler."""
-    return importlib.util.find_spec(NAME) is not None
-
-
-@functools.cache
-def kernels() -> ctypes.CDLL:
-    spec = importlib.util.find_spec(NAME)
-    if spec is None or spec.origin is None:
-        raise ImportError(f"{NAME} was not built when this package was installed")
-    return ctypes.CDLL(spec.origin)
-
-
-@functools.cache
-def lanes() -> int:
-    """How many floats this processor's vectors hold."""
-    return int(kernels().lowrank_lanes())
-
-
-@functools.cache
 def chunk() -> int:
     """How many points of an element are taken at a time."""
-    return int(kernels().lowrank_chunk())
-
-
-@functools.cache
-def team() -> Callable[..., None] | None:
-    """What runs a function on the threads of torch: GNU's OpenMP, as torch was linked with it."""
-    return getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+    return int(_native.kernels().lowrank_chunk())
 
 
 def applies(q: Tensor, z: Tensor, v: Tensor) -> bool:
-    """Whether they are torch's own tensors of not too many features, and nobody watches what torch does, to count or to
-    record it: whoever does would miss what is computed here."""
-    if _get_current_dispatch_mode() is not None or max(q.shape[-1], v.shape[-1]) > MOST_FEATURES:
-        return False
-    arrays = q, z, v
+    """Whether they are float32, q and v bfloat16 perhaps, and of not too many features."""
     known = z.dtype == torch.float32 and all(x.dtype in (torch.float32, torch.bfloat16) for x in (q, v))
-    on_cpu = all(x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) for x in arrays)
-    return known and on_cpu and is_built() and (team() is not None or torch.get_num_threads() == 1)
+    return known and max(q.shape[-1], v.shape[-1]) <= MOST_FEATURES and _native.serve(q, z, v)
 
 
 def forward(
@@ -209,11 +172,7 @@ class _Call:
         self.task.transposed_core = transposed
 
     def run(self, what: int) -> None:
-        threads = torch.get_num_threads()
-        if kernels().lowrank_attend(
-            ctypes.byref(self.task), what, lanes(), ctypes.c_long(threads), team() if threads > 1 else None
-        ):
-            raise MemoryError(f"no memory for blocks of {self.task.m} landmarks and {self.task.n} tokens")
+        _native.run("lowrank_attend", self.task, what)
 
     def _rows(self, name: str, x: Tensor) -> None:
         self.arrays[name] = x

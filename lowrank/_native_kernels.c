@@ -1,26 +1,31 @@
-/* Softmax-free attention on a CPU: sums C'v, products Cw and their cotangents, C = exp(-|x - z|^2/2), x = (q - c)s.
+/* Softmax-free attention on a CPU, and the MLP that follows it in a transformer, in float.
 
-The formulas are those of _attend.py, and X' is the transpose of X. Points are taken BLOCK at a time, all of a block
-being in the nearer caches. A block of C lies there transposed, a row for each landmark: then every product has vectors
-along an axis that is long or even, one routine serves them all, and an odd number of landmarks costs nothing. Sums over
-points are of BLOCK terms each, and these are summed in turn.
-
-The unit of work is an element of the batch whose part of C is small ("whole"), which is kept from the sums to the
-product, M and the corrections being applied in between; or CHUNK points of an element, whose partial sums the caller
-adds. Neither depends on the number of threads, and so neither do the results. */
+Points or tokens are taken BLOCK at a time, all of a block being in the nearer caches, and sums over them are of BLOCK
+terms each, which are summed in turn. What is a unit of work does not depend on the number of threads, and so neither do
+the results. What is computed is in _native_attention.h and _native_mlp.h, X' being the transpose of X. */
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define BLOCK 128
+/* Points of an element of attention in a unit of work. */
 #define CHUNK 1024
+/* Features of the MLP's hidden layer that are taken together, two of the widest vectors. */
+#define PANEL 32
+/* Numbers whose GELU is a unit of work. */
+#define SPAN (1 << 14)
+/* Terms of a product that are taken together. */
+#define DEEP 192
 /* Multiplications that are worth another thread: some microseconds of one. */
 #define GRAIN (1 << 19)
 /* Of exponents: what is below is taken for 0, as processors are slow with products below the smallest normal number. */
 #define LOWEST -69.8f
 /* Squared norms from which on a difference of two may be no number. */
 #define FAR 1e30f
+/* D. Hendrycks & K. Gimpel, arXiv 1606.08415, section 2: (1 + tanh(y/2))/2 is s(y). */
+#define BETA 1.59576912f /* 2 sqrt(2/pi) */
+#define GAMMA 0.044715f
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
@@ -30,6 +35,8 @@ adds. Neither depends on the number of threads, and so neither do the results. *
 #endif
 /* To a multiple of the widest vectors there are. */
 #define PADDED(n) (((n) + 15) / 16 * 16)
+/* From one row of a large matrix to the next, so that rows do not compete for the same places in a cache. */
+#define APART(n) ((n) + 16)
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))
 #define MOST(a, b) ((a) > (b) ? (a) : (b))
 #define TAKE(size) (room += PADDED(size), room - PADDED(size))
@@ -48,12 +55,35 @@ struct rows {
 /* What is summed is v or g. Arrays that are not rows are packed, with the elements of both batch axes on one: c
    (elements, d), z = (landmarks - c)s (elements, m, d), M, transposed or not, and P (elements, m, m), which are read of
    whole elements alone, w and sigma_bar (elements, m, e), sums (elements, chunks, m, e), H'x (elements, chunks, m, d). */
-struct task {
+struct attention {
     int64_t heads, elements, n, m, d, e, transposed_core, corrections;
     struct rows q, summed, v, g, out, q_bar, v_bar;
     const float *centre, *z, *core, *system;
     float *w, *sigma_bar, *sums, *from_q;
     float scale;
+};
+
+/* Weights are packed in panels of PANEL of their columns, or rows, to be read in the order in which they lie in memory:
+   where they are they would be a page apart. */
+enum { MLP_PACK, MLP_PACK_BACK, MLP_FORWARD, MLP_ROWS, MLP_WEIGHTS };
+
+/* GELU(x A' + a) B' + b, + x if residual: x, g, out and x_bar (rows, width), w1 = A and its cotangent (hidden, width),
+   b1 = a (hidden), w2 = B (width, hidden), b2 = b (width), the widths being multiples of PANEL; their panels; and, on the
+   way back, of each of the blocks in a chunk, first to last of the rows, the hidden layer and its cotangent before the
+   activation (blocks, hidden / PANEL, BLOCK, PANEL) and the sums of this over the block (blocks, hidden). */
+struct mlp {
+    int64_t rows, width, hidden, residual, blocks, first, last;
+    const float *x, *g, *w1, *b1, *w2, *b2;
+    float *out, *x_bar, *w1_bar, *b1_bar, *w2_bar, *w1_rows, *w1_columns, *w2_rows, *w2_columns, *h, *u_bar, *sums;
+};
+
+/* GELU(u), or its cotangent for one, g, of count numbers in a row, which are float, or bfloat16 if half. out may be u. */
+enum { GELU, GELU_BACK };
+
+struct gelu {
+    int64_t count, half;
+    const void *u, *g;
+    void *out;
 };
 
 /* Some rows of an element. */
@@ -73,7 +103,7 @@ static void *row_of(const struct rows *x, struct place p)
     return (char *)x->at + at * (x->half ? 2 : 4);
 }
 
-static struct place place_of(const struct task *t, long element, long row, long last)
+static struct place place_of(const struct attention *t, long element, long row, long last)
 {
     return (struct place){element / t->heads, element % t->heads, element, row, MOST(0, LEAST(BLOCK, last - row))};
 }
@@ -86,7 +116,7 @@ static void fetch_rows(const struct rows *x, struct place p, long width)
 }
 
 /* Ask memory for a part of the rows that come next: all at once would wait for it. */
-static void fetch(const struct task *t, int what, struct place next, long part, long parts)
+static void fetch(const struct attention *t, int what, struct place next, long part, long parts)
 {
     const long start = next.count * part / parts;
     next.count = next.count * (part + 1) / parts - start;
@@ -114,8 +144,8 @@ static inline uint16_t to_bfloat16(float f)
 
 static int is_whole(int what) { return what == FORWARD || what == BACKWARD; }
 
-/* How many numbers one thread needs to work: all that NAME(work) and NAME(pass) take. */
-static size_t room_of(const struct task *t, int what)
+/* How many numbers one thread needs to work: all that NAME(attend) and NAME(pass) take. */
+static size_t room_of(const struct attention *t, int what)
 {
     const size_t m = t->m, D = PADDED(t->d), E = PADDED(t->e), W = MOST(D, E);
     const size_t blocks = is_whole(what) ? (t->n + BLOCK - 1) / BLOCK : 1;
@@ -165,41 +195,75 @@ int lowrank_lanes(void)
 
 int lowrank_chunk(void) { return CHUNK; }
 
+/* What a team has to do, with vectors of so many lanes: the function of that name for them. */
+#if defined(__x86_64__)
+#define BY_LANES(name, lanes) ((lanes) == 16 ? name##_16 : (lanes) == 8 ? name##_8 : name##_4)
+#else
+#define BY_LANES(name, lanes) ((void)(lanes), name##_4)
+#endif
+
 struct team {
-    const struct task *task;
-    void (*work)(const struct task *, int what, long item, float *room);
-    long items, next;
+    void (*work)(const void *task, int what, long item, float *room);
+    const void *task;
+    size_t room;
     int what;
+    long items, next;
 };
+
+/* GOMP_parallel of GNU's OpenMP, which brings a team together. */
+typedef void parallel(void (*)(void *), void *, unsigned, unsigned);
 
 static void member(void *arg)
 {
     struct team *team = arg;
-    float *room = malloc(sizeof(float) * room_of(team->task, team->what));
+    float *room = malloc(sizeof(float) * team->room);
     if (!room) return;
     for (long i; (i = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED)) < team->items;)
         team->work(team->task, team->what, i, room);
     free(room);
 }
 
-/* What is asked for, with vectors of so many lanes, on this thread or on a team of at most so many, one for each GRAIN
-   of multiplications, which parallel (GOMP_parallel of GNU's OpenMP) brings together. Not 0 if no thread found memory. */
-int lowrank_attend(const struct task *task, int what, int lanes, long threads,
-                   void (*parallel)(void (*)(void *), void *, unsigned, unsigned))
+/* All items, on this thread or on at most so many. Not 0 if none found memory. */
+static int run(struct team *team, long threads, parallel *together)
 {
-    struct team team = {task, work_4, 0, 0, what};
-    team.items = task->elements * (is_whole(what) ? 1 : (task->n + CHUNK - 1) / CHUNK);
-#if defined(__x86_64__)
-    if (lanes == 16) team.work = work_16;
-    if (lanes == 8) team.work = work_8;
-#else
-    (void)lanes;
-#endif
-    const long grains = task->elements * task->n * task->m * (task->d + task->e) / GRAIN + 1;
-    threads = LEAST(threads, LEAST(team.items, grains));
+    threads = LEAST(threads, team->items);
     if (threads > 1)
-        parallel(member, &team, threads, 0);
+        together(member, team, threads, 0);
     else
-        member(&team);
-    return team.next < team.items;
+        member(team);
+    return team->next < team->items;
+}
+
+/* What is asked for, on one thread or on at most so many, one for each GRAIN of multiplications. */
+int lowrank_attend(const struct attention *task, int what, int lanes, long threads, parallel *together)
+{
+    struct team team = {BY_LANES(attend, lanes), task, room_of(task, what), what, 0, 0};
+    team.items = task->elements * (is_whole(what) ? 1 : (task->n + CHUNK - 1) / CHUNK);
+    const long grains = task->elements * task->n * task->m * (task->d + task->e) / GRAIN + 1;
+    return run(&team, LEAST(threads, grains), together);
+}
+
+/* The output, or the gradients, with as many threads. */
+int lowrank_mlp(struct mlp *t, int back, int lanes, long threads, parallel *together)
+{
+    const long c = t->width, f = t->hidden, grains = t->rows * c * f / GRAIN + 1;
+    struct team team = {BY_LANES(mlp, lanes), t, BLOCK * (2 * PANEL + APART(f)), back ? MLP_PACK_BACK : MLP_PACK, 0, 0};
+    threads = LEAST(threads, grains);
+    team.items = (f + c) / PANEL;
+    if (run(&team, threads, together)) return 1;
+    for (t->first = 0; t->first < t->rows; t->first = t->last) {
+        t->last = back ? LEAST(t->first + t->blocks * BLOCK, t->rows) : t->rows;
+        team.what = back ? MLP_ROWS : MLP_FORWARD, team.next = 0;
+        team.items = (t->last - t->first + BLOCK - 1) / BLOCK;
+        if (run(&team, threads, together)) return 1;
+        team.what = MLP_WEIGHTS, team.next = 0, team.items = f / PANEL;
+        if (back && run(&team, threads, together)) return 1;
+    }
+    return 0;
+}
+
+int lowrank_gelu(const struct gelu *t, int back, int lanes, long threads, parallel *together)
+{
+    struct team team = {BY_LANES(gelus, lanes), t, 2 * BLOCK, back ? GELU_BACK : GELU, (t->count + SPAN - 1) / SPAN, 0};
+    return run(&team, threads, together);
 }

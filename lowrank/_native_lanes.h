@@ -1,4 +1,5 @@
-/* What _native_kernels.c computes, by vectors of LANES floats: included once for each width, under names of its own. */
+/* What _native_kernels.c computes, by vectors of LANES floats: included once for each width, under names of its own.
+   Here are the vectors and what is made of them alone; what for is in the two files at the end. */
 
 typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t NAME(bits) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -7,14 +8,14 @@ typedef uint32_t NAME(ubits) __attribute__((vector_size(4 * LANES), aligned(4), 
 #define bits NAME(bits)
 #define ubits NAME(ubits)
 
-/* O[i, n] = sum over k < K of A[i*si + k*sk] B[k*sb + n], + O[i, n] if add, for i < I and n < V*LANES: a tile that
-   stays in the registers. */
+/* O[i, n] = sum over k < K of A[i*si + k*sk] B[k*sb + n], which is added to what was there if add, for i < I and
+   n < V*LANES: a tile that stays in the registers. */
 INLINE TARGET void NAME(tile)(int I, int V, long K, const float *A, long si, long sk, const float *B, long sb, float *O,
                               long so, int add)
 {
     vec o[TALL][2], b[2];
     UNROLL for (int i = 0; i < I; i++)
-        UNROLL for (int v = 0; v < V; v++) o[i][v] = add ? *(const vec *)(O + i * so + v * LANES) : (vec){0};
+        UNROLL for (int v = 0; v < V; v++) o[i][v] = (vec){0};
     for (long k = 0; k < K; k++) {
         UNROLL for (int v = 0; v < V; v++) b[v] = *(const vec *)(B + k * sb + v * LANES);
         UNROLL for (int i = 0; i < I; i++) {
@@ -23,28 +24,46 @@ INLINE TARGET void NAME(tile)(int I, int V, long K, const float *A, long si, lon
         }
     }
     UNROLL for (int i = 0; i < I; i++)
-        UNROLL for (int v = 0; v < V; v++) *(vec *)(O + i * so + v * LANES) = o[i][v];
+        UNROLL for (int v = 0; v < V; v++) {
+            vec *to = (vec *)(O + i * so + v * LANES);
+            if (add) o[i][v] += *to;
+            *to = o[i][v];
+        }
 }
 
-/* The same of M rows and N columns, N a multiple of LANES. */
+/* The same of M rows. */
+INLINE TARGET void NAME(tiles)(long M, int V, long K, const float *A, long si, long sk, const float *B, long sb, float *O,
+                               long so, int add)
+{
+    const long strips = (M + TALL - 1) / TALL;
+    for (long s = 0, i = 0, tall; s < strips; s++, i += tall) {
+        tall = (M - i + strips - s - 1) / (strips - s);
+        switch (tall) {
+#define CASE(I) case I: NAME(tile)(I, V, K, A + i * si, si, sk, B, sb, O + i * so, so, add); break;
+            CASE(1) CASE(2) CASE(3) CASE(4)
+#if TALL > 4
+            CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+#undef CASE
+        }
+    }
+}
+
+/* The same of N columns, N a multiple of LANES. Of a long sum DEEP terms are taken for all rows, and then the next: what
+   they need of B stays in the nearest cache. */
 TARGET static void NAME(product)(long M, long N, long K, const float *A, long si, long sk, const float *B, long sb,
                                  float *O, long so, int add)
 {
-    const long strips = (M + TALL - 1) / TALL;
-    for (long n = 0, wide; n < N; n += wide * LANES) {
-        wide = N - n >= 2 * LANES ? 2 : 1;
-        for (long s = 0, i = 0, tall; s < strips; s++, i += tall) {
-            tall = (M - i + strips - s - 1) / (strips - s);
-            switch (2 * tall + wide) {
-#define TILE(I, V) NAME(tile)(I, V, K, A + i * si, si, sk, B + n, sb, O + i * so + n, so, add)
-#define CASE(I) case 2 * I + 1: TILE(I, 1); break; case 2 * I + 2: TILE(I, 2); break;
-                CASE(1) CASE(2) CASE(3) CASE(4)
-#if TALL > 4
-                CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-#undef CASE
-#undef TILE
-            }
+    const long parts = MOST(1, (K + DEEP - 1) / DEEP);
+    for (long n = 0, wide; n < N; n += wide) {
+        wide = N - n >= 2 * LANES ? 2 * LANES : LANES;
+        for (long part = 0; part < parts; part++) {
+            const long k = K * part / parts, deep = K * (part + 1) / parts - k;
+            const float *a = A + k * sk, *b = B + k * sb + n;
+            if (wide > LANES)
+                NAME(tiles)(M, 2, deep, a, si, sk, b, sb, O + n, so, add || part);
+            else
+                NAME(tiles)(M, 1, deep, a, si, sk, b, sb, O + n, so, add || part);
         }
     }
 }
@@ -92,225 +111,13 @@ TARGET static void NAME(transpose)(long count, long N, struct block rows, float 
         }
 }
 
-/* A packed matrix (rows, width) in padded rows, and back. */
-TARGET static void NAME(pad)(long rows, long width, const float *x, float *out)
-{
-    for (long i = 0; i < rows; i++, x += width, out += PADDED(width)) {
-        for (long k = 0; k < width; k++) out[k] = x[k];
-        for (long k = width; k < PADDED(width); k++) out[k] = 0;
-    }
-}
-
-TARGET static void NAME(unpad)(long rows, long width, const float *x, float *out)
-{
-    for (long i = 0; i < rows; i++, x += PADDED(width), out += width)
-        for (long k = 0; k < width; k++) out[k] = x[k];
-}
-
 TARGET static void NAME(accumulate)(long n, const float *x, float *sums)
 {
     for (long i = 0; i < n; i++) sums[i] += x[i];
 }
 
-/* Rows of an array, as floats in padded rows; where they are such they stay where they are. */
-TARGET static struct block NAME(read)(const struct rows *x, struct place p, long width, float *room)
-{
-    const long stride = PADDED(width);
-    if (!x->half && width == stride) return (struct block){row_of(x, p), x->of_row};
-    for (long i = 0; i < p.count; i++, p.row++) {
-        const void *from = row_of(x, p);
-        float *to = room + i * stride;
-        if (x->half)
-            for (long k = 0; k < width; k++) to[k] = from_bfloat16(((const uint16_t *)from)[k]);
-        else
-            for (long k = 0; k < width; k++) to[k] = ((const float *)from)[k];
-        for (long k = width; k < stride; k++) to[k] = 0;
-    }
-    return (struct block){room, stride};
-}
-
-TARGET static void NAME(write)(const struct rows *x, struct place p, long width, const float *from)
-{
-    for (long i = 0; i < p.count; i++, p.row++, from += PADDED(width)) {
-        void *to = row_of(x, p);
-        if (x->half)
-            for (long k = 0; k < width; k++) ((uint16_t *)to)[k] = to_bfloat16(from[k]);
-        else
-            for (long k = 0; k < width; k++) ((float *)to)[k] = from[k];
-    }
-}
-
-/* Cw to rows of an array, for C transposed, (m, BLOCK), and w (m, width) in padded rows. */
-TARGET static void NAME(apply)(const struct rows *x, struct place p, long width, long m, const float *c, const float *w,
-                               float *room)
-{
-    const long stride = PADDED(width);
-    if (!x->half && width == stride)
-        NAME(product)(p.count, stride, m, c, 1, BLOCK, w, stride, row_of(x, p), x->of_row, 0);
-    else {
-        NAME(product)(p.count, stride, m, c, 1, BLOCK, w, stride, room, stride, 0);
-        NAME(write)(x, p, width, room);
-    }
-}
-
-/* The points x in padded rows. */
-TARGET static void NAME(points)(const struct task *t, struct place p, float *x)
-{
-    const long d = t->d, stride = PADDED(d);
-    const float *centre = t->centre + p.element * d, scale = t->scale;
-    const struct block q = NAME(read)(&t->q, p, d, x);
-    for (long i = 0; i < p.count; i++) {
-        const float *from = q.at + i * q.stride;
-        float *to = x + i * stride;
-        for (long k = 0; k < d; k++) to[k] = (from[k] - centre[k]) * scale;
-        for (long k = d; k < stride; k++) to[k] = 0;
-    }
-}
-
-/* q_bar = s(Hz - diag(H1)x) to memory, for Hz in the room for points. */
-TARGET static void NAME(less_points)(const struct task *t, struct place p, const float *of_rows, const float *x,
-                                     float *hz)
-{
-    const long d = t->d, stride = PADDED(d);
-    const struct rows *out = &t->q_bar;
-    float *at = row_of(out, p);
-    const int direct = !out->half;
-    for (long i = 0; i < p.count; i++, x += stride) {
-        float *from = hz + i * stride, *to = direct ? at + i * out->of_row : from;
-        for (long k = 0; k < d; k++) to[k] = t->scale * (from[k] - of_rows[i] * x[k]);
-    }
-    if (!direct) NAME(write)(out, p, d, hz);
-}
-
-/* Landmarks of an element, in padded rows, and |z|^2/2; and whether one is so far out that care is needed. */
-struct NAME(landmarks) {
-    float *z, *half_z;
-    int far;
-};
-
-TARGET static void NAME(prepare)(const struct task *t, long element, struct NAME(landmarks) *y)
-{
-    const long m = t->m, d = t->d, D = PADDED(d);
-    NAME(pad)(m, d, t->z + element * m * d, y->z);
-    for (long j = 0; j < m; j++) {
-        float sum = 0;
-        for (long k = 0; k < d; k++) sum += y->z[j * D + k] * y->z[j * D + k];
-        y->half_z[j] = 0.5f * sum;
-        y->far |= !(y->half_z[j] < FAR);
-    }
-}
-
-/* C transposed, (m, count), of points transposed, (d, count), in rows of BLOCK. x'z, |x|^2 and |z|^2 are summed in the
-   same order: where a point is next to a landmark their roundings are nearly the same, and go. next are the points
-   that come next. */
-TARGET static void NAME(gaussians)(const struct task *t, int what, const struct NAME(landmarks) *y, const float *x,
-                                   float *c, long count, struct place next)
-{
-    const long width = PADDED(count);
-    float half_x[BLOCK];
-    int careful = y->far;
-    for (long r = 0; r < width; r += LANES) {
-        vec sum = {0};
-        for (long k = 0; k < t->d; k++) sum += *(const vec *)(x + k * BLOCK + r) * *(const vec *)(x + k * BLOCK + r);
-        *(vec *)(half_x + r) = sum * 0.5f;
-    }
-    for (long r = 0; r < width; r++) careful |= !(half_x[r] < FAR);
-    NAME(product)(t->m, width, t->d, y->z, PADDED(t->d), 1, x, BLOCK, c, BLOCK, 0);
-    for (long j = 0; j < t->m; j++, c += BLOCK) {
-        if (what != COTANGENTS) fetch(t, what, next, j, t->m);
-        if (careful)
-            for (long r = 0; r < width; r += LANES)
-                *(vec *)(c + r) = NAME(exp)(*(vec *)(c + r) - (*(vec *)(half_x + r) + y->half_z[j]), 1);
-        else
-            for (long r = 0; r < width; r += LANES)
-                *(vec *)(c + r) = NAME(exp)(*(vec *)(c + r) - (*(vec *)(half_x + r) + y->half_z[j]), 0);
-    }
-}
-
-/* w = M b, and w + M(b - P w) as often as there are to be corrections, in padded rows. */
-TARGET static void NAME(solve)(const struct task *t, long element, const float *b, float *w, float *room)
-{
-    const long m = t->m, E = PADDED(t->e), along = t->transposed_core ? 1 : m;
-    const float *core = t->core + element * m * m, *system = t->system + element * m * m;
-    NAME(product)(m, E, m, core, along, m + 1 - along, b, E, w, E, 0);
-    for (long i = 0; i < t->corrections; i++) {
-        NAME(product)(m, E, m, system, m, 1, w, E, room, E, 0);
-        for (long k = 0; k < m * E; k++) room[k] = b[k] - room[k];
-        NAME(product)(m, E, m, core, along, m + 1 - along, room, E, w, E, 1);
-    }
-}
-
-/* The points from first to last of an element. With c_kept C is left there by SUMS, and found by others. */
-TARGET static void NAME(pass)(const struct task *t, int what, long element, long first, long last,
-                              const struct NAME(landmarks) *y, const float *w, const float *s, float *sums,
-                              float *c_kept, float *room)
-{
-    const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e);
-    float *x = TAKE(BLOCK * D), *x_t = TAKE(BLOCK * D), *v_room = TAKE(BLOCK * E), *g_room = TAKE(BLOCK * E);
-    float *v_t = TAKE(BLOCK * E), *g_t = TAKE(BLOCK * E), *out = TAKE(BLOCK * MOST(D, E)), *h = TAKE(BLOCK * m);
-    float *of_block = TAKE(m * MOST(D, E));
-    float *c = c_kept ? c_kept : TAKE(BLOCK * m);
-    for (long r = first; r < last; r += BLOCK, c += c_kept ? BLOCK * m : 0) {
-        const struct place p = place_of(t, element, r, last), next = place_of(t, element, r + BLOCK, last);
-        const int found = c_kept && what != SUMS;
-        if (!found || what == COTANGENTS) NAME(points)(t, p, x);
-        if (!found) {
-            NAME(transpose)(p.count, D, (struct block){x, D}, x_t);
-            NAME(gaussians)(t, what, y, x_t, c, p.count, next);
-        }
-        if (what == SUMS) {
-            const struct block v = NAME(read)(&t->summed, p, e, v_room);
-            NAME(product)(m, E, p.count, c, BLOCK, 1, v.at, v.stride, of_block, E, 0);
-            NAME(accumulate)(m * E, of_block, sums);
-        } else if (what == PRODUCT)
-            NAME(apply)(&t->out, p, e, m, c, w, out);
-        else {
-            float of_rows[BLOCK] = {0};
-            NAME(apply)(&t->v_bar, p, e, m, c, s, out);
-            NAME(transpose)(p.count, E, NAME(read)(&t->v, p, e, v_room), v_t);
-            NAME(transpose)(p.count, E, NAME(read)(&t->g, p, e, g_room), g_t);
-            NAME(product)(m, PADDED(p.count), e, w, E, 1, g_t, BLOCK, h, BLOCK, 0);
-            NAME(product)(m, PADDED(p.count), e, s, E, 1, v_t, BLOCK, h, BLOCK, 1);
-            for (long j = 0; j < m; j++) {
-                fetch(t, what, next, j, m);
-                for (long i = 0; i < p.count; i++) of_rows[i] += h[j * BLOCK + i] *= c[j * BLOCK + i];
-            }
-            NAME(product)(m, D, p.count, h, BLOCK, 1, x, D, of_block, D, 0);
-            NAME(accumulate)(m * D, of_block, sums);
-            NAME(product)(p.count, D, m, h, 1, BLOCK, y->z, D, out, D, 0);
-            NAME(less_points)(t, p, of_rows, x, out);
-        }
-    }
-}
-
-/* One item: all of an element, or a chunk of its points. */
-TARGET static void NAME(work)(const struct task *t, int what, long item, float *room)
-{
-    const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e), W = MOST(D, E);
-    const int whole = is_whole(what);
-    const long chunks = whole ? 1 : (t->n + CHUNK - 1) / CHUNK, element = item / chunks;
-    const long first = item % chunks * CHUNK, last = whole ? t->n : LEAST(first + CHUNK, t->n);
-    float *z = TAKE(m * D), *half_z = TAKE(m);
-    struct NAME(landmarks) y = {z, half_z, 0};
-    float *w = TAKE(m * E), *s = TAKE(m * E), *sums = TAKE(m * W), *spare = TAKE(m * E);
-    float *c = whole ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
-    NAME(prepare)(t, element, &y);
-    if (what == PRODUCT || what == COTANGENTS || what == BACKWARD) NAME(pad)(m, e, t->w + element * m * e, w);
-    if (what == COTANGENTS) NAME(pad)(m, e, t->sigma_bar + element * m * e, s);
-    memset(sums, 0, sizeof(float) * m * W);
-    if (whole) {
-        float *solved = what == FORWARD ? w : s;
-        NAME(pass)(t, SUMS, element, first, last, &y, 0, 0, sums, c, room);
-        NAME(solve)(t, element, sums, solved, spare);
-        NAME(unpad)(m, e, sums, t->sums + element * m * e);
-        NAME(unpad)(m, e, solved, (what == FORWARD ? t->w : t->sigma_bar) + element * m * e);
-        memset(sums, 0, sizeof(float) * m * W);
-        what = what == FORWARD ? PRODUCT : COTANGENTS;
-    }
-    NAME(pass)(t, what, element, first, last, &y, w, s, sums, c, room);
-    if (what == SUMS) NAME(unpad)(m, e, sums, t->sums + item * m * e);
-    if (what == COTANGENTS) NAME(unpad)(m, d, sums, t->from_q + item * m * d);
-}
+#include "_native_attention.h"
+#include "_native_mlp.h"
 
 #undef vec
 #undef bits

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank import _attend, _native_attention, pinv, pinv_newton, softmax_free_attention
+from lowrank import _attend, _native, pinv, pinv_newton, softmax_free_attention
 from lowrank import attention as room
 from lowrank._array import exp_of_negative
 from lowrank._torch_attention import gaussian_product
@@ -34,7 +34,7 @@ XP = array_api_compat.array_namespace(torch.zeros(1))
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The blocks, also where there are compiled kernels."""
-    monkeypatch.setattr(_native_attention, "is_built", lambda: False)
+    monkeypatch.setattr(_native, "is_built", lambda: False)
 
 
 @pytest.fixture(params=[2**18, 7 * 37 * 3, 7 * 37, 7 * 10, 1], ids=["one", "images", "heads", "rows", "row"])

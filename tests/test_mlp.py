@@ -1,4 +1,4 @@
-"""The MLP of SOFT's blocks by rows of tokens against timm's, which stores its hidden layer."""
+"""The MLP of SOFT's blocks, by compiled kernels where there are any, against timm's."""
 
 import mlp
 import pytest
@@ -7,13 +7,10 @@ from timm.layers import Mlp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-DIM = 6
+from lowrank import _native
 
-
-@pytest.fixture(params=[3, 8, 1024])
-def rows(request, monkeypatch):
-    """Rows at a time: of eight tokens there are a shorter rest, all, and fewer."""
-    monkeypatch.setattr(mlp, "ROWS", request.param)
+DIM = 32
+COMPILED = pytest.mark.skipif(not _native.is_built(), reason="no C compiler was found when lowrank was installed")
 
 
 def pair(dtype=torch.float64):
@@ -37,20 +34,20 @@ def gradients(module, x):
 
 @pytest.mark.parametrize("shape", [(8,), (2, 4), (2, 2, 2), (0,), (2, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_values_and_gradients_are_those_of_the_layer(shape, dtype, rows):
+def test_values_and_gradients_are_those_of_the_layer(shape, dtype):
     ours, theirs = pair(dtype)
     x = tokens(*shape, dtype=dtype)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=30 * torch.finfo(dtype).eps)
     for found, expected in zip(gradients(ours, x), gradients(theirs, x), strict=True):
         assert found.shape == expected.shape
-        # Sums over eight tokens, or 24 channels, of numbers below 30.
+        # Sums over eight tokens, or 128 channels, of numbers below 30.
         torch.testing.assert_close(found, expected, rtol=0, atol=500 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 4), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_input_can_be_added(shape, dtype, rows):
+def test_the_input_can_be_added(shape, dtype):
     ours, theirs = pair(dtype)
     x = tokens(*shape, dtype=dtype)
     with torch.no_grad():
@@ -87,8 +84,9 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 @pytest.mark.parametrize("numbers", [1, 3 * 4 * DIM, 2**22], ids=["row", "rows", "all"])
 def test_bias_and_activation_in_the_products_pass(approximate, numbers, monkeypatch):
-    """Where nothing is to be differentiated: one token at a time, three of eight, all."""
+    """Where nothing is to be differentiated and there are no kernels: one token at a time, three of eight, all."""
     monkeypatch.setattr(mlp, "FUSED", numbers)
+    monkeypatch.setattr(_native, "is_built", lambda: False)
     torch.manual_seed(0)
     layer, x = mlp.TokenMlp(DIM, approximate=approximate), tokens(2, 4, dtype=torch.float32)
     theirs = Mlp(DIM, 4 * DIM, act_layer=lambda: torch.nn.GELU(approximate))
@@ -139,7 +137,7 @@ def test_bfloat16_is_as_right_as_torchs(autocast):
     assert ours <= 1.1 * torchs  # the activation is rounded once, and not before it as well
 
 
-def test_strides_of_tokens_and_cotangents_do_not_matter(rows):
+def test_strides_of_tokens_and_cotangents_do_not_matter():
     ours, theirs = pair()
     x = tokens(4, 2).transpose(0, 1)
     for module in (ours, theirs):
@@ -148,17 +146,14 @@ def test_strides_of_tokens_and_cotangents_do_not_matter(rows):
         torch.testing.assert_close(p.grad, q.grad)
 
 
-def test_derivatives_against_differences_once_and_twice(rows):
+def test_derivatives_against_differences_once_and_twice():
     ours, _ = pair()
     x = tokens(8).requires_grad_()
     assert torch.autograd.gradcheck(ours, x)
     assert torch.autograd.gradgradcheck(ours, x)
-    torch.manual_seed(3)
-    weights = [torch.randn_like(p, requires_grad=True) for p in ours.parameters()]
-    assert torch.autograd.gradgradcheck(mlp._ByRows.apply, (x, *weights, True, False))
 
 
-def test_many_cotangents_at_once(rows):
+def test_many_cotangents_at_once():
     ours, theirs = pair()
     some = tokens(3, 8)
     found, expected = (
@@ -170,7 +165,7 @@ def test_many_cotangents_at_once(rows):
 
 
 @pytest.mark.parametrize("frozen", ["fc1", "fc2"])
-def test_frozen_layers_have_no_gradient(frozen, rows):
+def test_frozen_layers_have_no_gradient(frozen):
     ours, theirs = pair()
     for module in (ours, theirs):
         getattr(module, frozen).requires_grad_(False)
@@ -185,35 +180,38 @@ HOOKS = ["register_forward_hook", "register_forward_pre_hook"]
 HOOKS += ["register_full_backward_hook", "register_full_backward_pre_hook"]
 
 
-class Sizes(TorchDispatchMode):
-    """Numbers in what each operation returns, but for what lies in memory that is known."""
-
-    def __init__(self, known=()):
-        super().__init__()
-        self.seen, self.known = [], [x.data_ptr() for x in known]
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.seen += [x.numel() for x in [out] if isinstance(x, torch.Tensor) and x.data_ptr() not in self.known]
-        return out
-
-
+@COMPILED
 def test_the_hidden_layer_is_not_stored(monkeypatch):
-    monkeypatch.setattr(mlp, "ROWS", 8)
-    ours, _ = pair()
-    x = tokens(100)
-    with torch.no_grad(), Sizes() as sizes:
-        ours(x)
-    assert max(sizes.seen) == x.numel()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y), Sizes() as sizes:
+    ours, _ = pair(torch.float32)
+    x, kept = tokens(100, dtype=torch.float32).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
         out = ours(x)
-    assert max(sizes.seen) == 4 * x.numel()
-    # What enters the activation, and nothing that is as large.
-    assert len({y.data_ptr() for y in kept if y.numel() == 4 * x.numel()}) == 1
-    with Sizes(kept) as sizes:
-        out.sum().backward()
-    assert max(sizes.seen) == x.numel()
+    known = [y.data_ptr() for y in (x, *ours.parameters())]
+    assert kept
+    assert all(y.data_ptr() in known for y in kept)
+    # Nor is it by torch's operations, of which there are none.
+    for name in ("linear", "gelu"):
+        monkeypatch.setattr(torch.nn.functional, name, None)
+    ours(x)
+    out.sum().backward()
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_activation_alone_is_compiled_as_well(dtype):
+    act, u = mlp.Gelu("tanh"), tokens(50, dtype=torch.float32).to(dtype).requires_grad_()
+    expected = torch.nn.functional.gelu(u, approximate="tanh")
+    found = act(u)
+    assert "Gelu" in type(found.grad_fn).__name__
+    assert type(found.grad_fn) is not type(expected.grad_fn)
+    close = {"rtol": torch.finfo(dtype).eps, "atol": 8 * 2.0**-23}
+    torch.testing.assert_close(found, expected, **close)
+    g = torch.randn(u.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    (once,), (twice,) = (torch.autograd.grad(y, u, g, create_graph=True) for y in (found, expected))
+    torch.testing.assert_close(once, twice)
+    torch.testing.assert_close(torch.autograd.grad(found, u, g)[0], twice, rtol=close["rtol"], atol=1e-5)
+    second = (torch.autograd.grad(y.sum(), u)[0] for y in (once, twice))
+    torch.testing.assert_close(*second)
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -252,7 +250,7 @@ def test_layers_that_were_changed_are_used(change):
         assert torch.equal(x, y)
 
 
-def test_dropout_is_for_training(rows):
+def test_dropout_is_for_training():
     ours, theirs = pair()
     for module in (ours, theirs):
         module.drop1.p = module.drop2.p = 0.5

@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank import _native_attention, gaussian_kernel, gaussian_matmul, softmax_free_attention
+from lowrank import _native, gaussian_kernel, gaussian_matmul, softmax_free_attention
 from lowrank.landmarks import segment_means
 
 matplotlib.use("Agg")
@@ -109,7 +109,7 @@ def null_key(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
 
 
 def blocks(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
-    with mock.patch.object(_native_attention, "is_built", return_value=False):
+    with mock.patch.object(_native, "is_built", return_value=False):
         return softmax_free_attention(q, v, z, ridge=RIDGE)
 
 

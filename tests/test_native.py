@@ -1,0 +1,23 @@
+"""What Python and the compiled kernels have to agree on."""
+
+from pathlib import Path
+
+import pytest
+
+from lowrank import _native, _native_attention, _native_mlp
+
+STRUCTURES = {
+    "rows": _native_attention.Rows,
+    "attention": _native_attention.Task,
+    "mlp": _native_mlp.Task,
+    "gelu": _native_mlp.Activation,
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_structures_have_the_same_fields_in_the_same_order(name):
+    text = Path(_native.__file__).with_name("_native_kernels.c").read_text()
+    body = text.split(f"struct {name} {{")[1].split("}")[0].replace("struct rows", "")
+    names = [name for line in body.strip().split(";") for name in line.replace("*", " ").replace(",", " ").split()]
+    declared = [name for name in names if name not in ("int64_t", "const", "float", "void")]
+    assert declared == [name for name, _ in STRUCTURES[name]._fields_]
