@@ -98,30 +98,44 @@ def _approximation(a: Array, *, ridge: float, upper: Any, tol: float, xp: Namesp
     pass takes half the time of a product, and the call for it all of that. Nor is X made Hermitian: rounding leaves
     errors of κ·eps in XP, but of κ²·eps in PX.
     """
-    batch = a.shape[:-2]
+    batch, steps = a.shape[:-2], approximate_steps(ridge, upper, tol)
     a = xp.reshape(a, (-1, *a.shape[-2:]))  # for sums in the pass of a product
-    # What is beyond these numbers is beyond any arithmetic, and has no logarithm; and one step is the least.
-    condition, tol = min(1 + upper / ridge, _LARGEST), min(max(tol, _SMALLEST), 0.1)
-    chosen, powers = _approximate_plan(_CLASS ** max(1, math.ceil(math.log(condition, _CLASS))), tol)
-    # A power of two, by which multiplication is exact, that brings P to the size of I. (upper + ridge may overflow.)
-    scale = 2.0 ** min(1 - math.frexp(max(upper, ridge))[1], 1000)
-    p = add_to_diagonal(scale * a, scale * ridge, xp)
-    (c0, *others), *rest = powers
-    # From a multiple of I, in powers of P alone.
-    start = 1 / (scale * (upper + ridge))
-    x = _sum_of_powers(p, [start ** (k + 2) * c for k, c in enumerate(others)], xp)
-    x = add_to_diagonal(x, start * c0, xp)
+    p = add_to_diagonal(steps.scale * a, steps.scale * ridge, xp)
+    (c0, *others), *rest = steps.powers
+    x = add_to_diagonal(_sum_of_powers(p, others, xp), c0, xp)
     for c0, *others in rest:
         x = add_product(x, _sum_of_powers(stacked_product(x, p, xp), others, xp), x, xp, beta=c0)
-    valid = xp.reshape(_inverts(x, p, xp, tol), batch)
+    valid = xp.reshape(_inverts(x, p, xp, steps.tol), batch)
     if ridge * float(xp.finfo(p.dtype).max) < 1:
         valid = xp.zeros_like(valid)  # what X may hold overflows
-    x = xp.reshape(scale * x, (*batch, *x.shape[-2:]))
+    x = xp.reshape(steps.scale * x, (*batch, *x.shape[-2:]))
     zero = xp.zeros(batch, dtype=real_dtype(p, xp), device=device(p))
     # The first takes neither E nor S·X; P is tried with one.
+    chosen = steps.chosen
     figures = len(chosen.steps), chosen.products - 2 + 1, max(1 - chosen.low, chosen.high - 1)
     steps, products, bound = (zero + float(v) for v in figures)
     return or_nan(valid, x, xp), Work(steps, products, bound, zero, valid)
+
+
+class ApproximateSteps(NamedTuple):
+    """For X ≈ (A + ridge·I)⁻¹: a scale of P = A + ridge·I, c of X = c₀I + c₁P + c₂P² and then, with E = XP, of
+    X ← c₀X + (c₁E + c₂E²)X, and the ‖I − XP‖ that they leave; to be scaled at the end."""
+
+    chosen: Plan
+    scale: float
+    powers: list[tuple[float, ...]]
+    tol: float
+
+
+def approximate_steps(ridge: float, upper: float, tol: float) -> ApproximateSteps:
+    """For ‖A‖ ≤ upper."""
+    # What is beyond these numbers is beyond any arithmetic, and has no logarithm; and one step is the least.
+    condition, tol = min(1 + upper / ridge, _LARGEST), min(max(tol, _SMALLEST), 0.1)
+    chosen, (first, *rest) = _approximate_plan(_CLASS ** max(1, math.ceil(math.log(condition, _CLASS))), tol)
+    # A power of two, by which multiplication is exact, that brings P to the size of I. (upper + ridge may overflow.)
+    scale = 2.0 ** min(1 - math.frexp(max(upper, ridge))[1], 1000)
+    start = 1 / (scale * (upper + ridge))  # a multiple of I, in powers of P alone
+    return ApproximateSteps(chosen, scale, [tuple(start ** (k + 1) * c for k, c in enumerate(first)), *rest], tol)
 
 
 @remembered
@@ -145,10 +159,15 @@ def _sum_of_powers(e: Array, c: list[float], xp: Namespace) -> Array:
 
 def _inverts(x: Array, p: Array, xp: Namespace, tol: float = 0.0) -> Array:
     """Whether XP is nearly I, but for ``tol``, tried with a few vectors; False for NaN."""
-    probes = from_host(normal(_PROBES, p.shape[-1]), p, xp)
-    most = _TRIED + 1.5 * tol * math.sqrt(_PROBES * p.shape[-1])  # the length of the vectors, and half as much
-    probes = xp.broadcast_to(probes, (*p.shape[:-2], *probes.shape))
-    return frobenius(add_product(probes, probes @ x, p, xp, beta=-1.0), xp) <= most
+    host, most = probes(p.shape[-1], tol)
+    rows = from_host(host, p, xp)
+    rows = xp.broadcast_to(rows, (*p.shape[:-2], *rows.shape))
+    return frobenius(add_product(rows, rows @ x, p, xp, beta=-1.0), xp) <= most
+
+
+def probes(n: int, tol: float) -> tuple[np.ndarray, float]:
+    """Rows to try an inverse with, and what they may be off in all."""
+    return normal(_PROBES, n), _TRIED + 1.5 * tol * math.sqrt(_PROBES * n)  # their length, and half as much
 
 
 def _needed(

@@ -7,21 +7,6 @@ The unit of work is an element of the batch whose part of C is small ("whole"), 
 product, M and the corrections being applied in between; or CHUNK points of an element, whose partial sums the caller
 adds. */
 
-/* A packed matrix (rows, width) in padded rows, and back. */
-TARGET static void NAME(pad)(long rows, long width, const float *x, float *out)
-{
-    for (long i = 0; i < rows; i++, x += width, out += PADDED(width)) {
-        for (long k = 0; k < width; k++) out[k] = x[k];
-        for (long k = width; k < PADDED(width); k++) out[k] = 0;
-    }
-}
-
-TARGET static void NAME(unpad)(long rows, long width, const float *x, float *out)
-{
-    for (long i = 0; i < rows; i++, x += PADDED(width), out += width)
-        for (long k = 0; k < width; k++) out[k] = x[k];
-}
-
 /* Rows of an array, as floats in padded rows; where they are such they stay where they are. */
 TARGET static struct block NAME(read)(const struct rows *x, struct place p, long width, float *room)
 {

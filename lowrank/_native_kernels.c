@@ -2,8 +2,9 @@
 
 Points or tokens are taken BLOCK at a time, all of a block being in the nearer caches, and sums over them are of BLOCK
 terms each, which are summed in turn. What is a unit of work does not depend on the number of threads, and so neither do
-the results. What is computed is in _native_attention.h and _native_mlp.h, X' being the transpose of X. */
+the results. What is computed is in _native_core.h, _native_attention.h and _native_mlp.h, X' being the transpose of X. */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -61,6 +62,15 @@ struct attention {
     const float *centre, *z, *core, *system;
     float *w, *sigma_bar, *sums, *from_q;
     float scale;
+};
+
+/* z (elements, m, d), P and M (elements, m, m); the steps (count, 3) and the scale of P that they are for; and what M is
+   tried with, probes (probed, m), and what they may be off in all. */
+struct core {
+    int64_t elements, m, d, count, probed;
+    const float *z, *steps, *probes;
+    float *system, *core;
+    float ridge, scale, most;
 };
 
 /* Weights are packed in panels of PANEL of their columns, or rows, to be read in the order in which they lie in memory:
@@ -241,6 +251,15 @@ int lowrank_attend(const struct attention *task, int what, int lanes, long threa
     team.items = task->elements * (is_whole(what) ? 1 : (task->n + CHUNK - 1) / CHUNK);
     const long grains = task->elements * task->n * task->m * (task->d + task->e) / GRAIN + 1;
     return run(&team, LEAST(threads, grains), together);
+}
+
+/* P and M. */
+int lowrank_core(const struct core *t, int what, int lanes, long threads, parallel *together)
+{
+    const long m = t->m, S = PADDED(m), D = PADDED(t->d);
+    struct team team = {BY_LANES(cores, lanes), t, m * D + (t->d + 1) * S + 4 * m * S + 2 * t->probed * S, what, 0, 0};
+    team.items = t->elements;
+    return run(&team, LEAST(threads, t->elements * t->count * m * m * m / GRAIN + 1), together);
 }
 
 /* The output, or the gradients, with as many threads. */

@@ -1,5 +1,5 @@
 /* What _native_kernels.c computes, by vectors of LANES floats: included once for each width, under names of its own.
-   Here are the vectors and what is made of them alone; what for is in the two files at the end. */
+   Here are the vectors and what is made of them alone; what for is in the files at the end. */
 
 typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t NAME(bits) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -111,12 +111,28 @@ TARGET static void NAME(transpose)(long count, long N, struct block rows, float 
         }
 }
 
+/* A packed matrix (rows, width) in padded rows, and back. */
+TARGET static void NAME(pad)(long rows, long width, const float *x, float *out)
+{
+    for (long i = 0; i < rows; i++, x += width, out += PADDED(width)) {
+        for (long k = 0; k < width; k++) out[k] = x[k];
+        for (long k = width; k < PADDED(width); k++) out[k] = 0;
+    }
+}
+
+TARGET static void NAME(unpad)(long rows, long width, const float *x, float *out)
+{
+    for (long i = 0; i < rows; i++, x += PADDED(width), out += width)
+        for (long k = 0; k < width; k++) out[k] = x[k];
+}
+
 TARGET static void NAME(accumulate)(long n, const float *x, float *sums)
 {
     for (long i = 0; i < n; i++) sums[i] += x[i];
 }
 
 #include "_native_attention.h"
+#include "_native_core.h"
 #include "_native_mlp.h"
 
 #undef vec

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from lowrank import _native, _native_attention, _native_mlp
+from lowrank import _native, _native_attention, _native_core, _native_mlp
 
 STRUCTURES = {
     "rows": _native_attention.Rows,
     "attention": _native_attention.Task,
+    "core": _native_core.Task,
     "mlp": _native_mlp.Task,
     "gelu": _native_mlp.Activation,
 }

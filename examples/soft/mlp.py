@@ -2,7 +2,7 @@
 
 The hidden layer is four times as wide as the tokens: to write it, its activation and their gradients to memory takes as
 long as the products. In float32 the package's kernels have a block of it in the caches, forward and back. In bfloat16,
-or without kernels, the products are oneDNN's, which where nothing is to be differentiated has bias and activation in the
+or without kernels, the products are oneDNN's; where nothing is to be differentiated bias and activation are in the
 same pass.
 """
 

@@ -1,0 +1,65 @@
+/* Of landmarks z, in units of the lengthscale and near the origin: P = A + ridge I, A = k(z, z), and M, an approximate
+inverse of it by the steps of _definite.py, whose formulas these are. */
+
+/* E and X for the scaled P: X <- c0 X + (c1 E + c2 E^2)X with E = XP. */
+TARGET static void NAME(step)(long m, const float *c, const float *p, float *x, float *e, float *g)
+{
+    const long S = PADDED(m);
+    NAME(product)(m, S, m, x, S, 1, p, S, e, S, 0);
+    if (c[2] != 0) NAME(product)(m, S, m, e, S, 1, e, S, g, S, 0);
+    for (long i = 0; i < m * S; i++) g[i] = c[2] != 0 ? c[1] * e[i] + c[2] * g[i] : c[1] * e[i];
+    NAME(product)(m, S, m, g, S, 1, x, S, e, S, 0);
+    for (long i = 0; i < m * S; i++) x[i] = c[0] * x[i] + e[i];
+}
+
+/* |V - VXP|^2 for the probes V, in rows of m. */
+TARGET static float NAME(missed)(const struct core *t, const float *p, const float *x, float *room)
+{
+    const long m = t->m, S = PADDED(m), k = t->probed;
+    float *image = TAKE(k * S), *twice = TAKE(k * S), sum = 0;
+    NAME(product)(k, S, m, t->probes, m, 1, x, S, image, S, 0);
+    NAME(product)(k, S, m, image, S, 1, p, S, twice, S, 0);
+    for (long i = 0; i < k; i++)
+        for (long j = 0; j < m; j++) {
+            const float gap = twice[i * S + j] - t->probes[i * m + j];
+            sum += gap * gap;
+        }
+    return sum;
+}
+
+/* One item: an element of the batch. */
+TARGET static void NAME(cores)(const void *task, int what, long item, float *room)
+{
+    const struct core *t = task;
+    const long m = t->m, d = t->d, S = PADDED(m), D = PADDED(d);
+    float *z = TAKE(m * D), *z_t = TAKE(d * S), *half = TAKE(S), *p = TAKE(m * S), *x = TAKE(m * S);
+    float *e = TAKE(m * S), *g = TAKE(m * S);
+    (void)what;
+    NAME(pad)(m, d, t->z + item * m * d, z);
+    for (long k = 0; k < d; k++)
+        for (long j = 0; j < S; j++) z_t[k * S + j] = j < m ? z[j * D + k] : 0;
+    /* The squares are the product's own, which makes k(z, z) = 1. */
+    NAME(product)(m, S, d, z, D, 1, z_t, S, p, S, 0);
+    for (long j = 0; j < S; j++) half[j] = j < m ? 0.5f * p[j * S + j] : 0;
+    for (long i = 0; i < m; i++)
+        for (long j = 0; j < S; j += LANES) {
+            vec *at = (vec *)(p + i * S + j);
+            *at = NAME(exp)(*at - (*(vec *)(half + j) + half[i]), 1);
+        }
+    for (long i = 0; i < m; i++) {
+        float *to = t->system + (item * m + i) * m;
+        for (long j = 0; j < m; j++) to[j] = p[i * S + j];
+        to[i] += t->ridge;
+        for (long j = 0; j < S; j++) p[i * S + j] *= t->scale;
+        p[i * S + i] += t->scale * t->ridge;
+    }
+    /* The first step starts from a multiple of I, and so is in powers of P. */
+    const float *c = t->steps;
+    if (c[2] != 0) NAME(product)(m, S, m, p, S, 1, p, S, e, S, 0);
+    for (long i = 0; i < m * S; i++) x[i] = c[2] != 0 ? c[1] * p[i] + c[2] * e[i] : c[1] * p[i];
+    for (long i = 0; i < m; i++) x[i * S + i] += c[0];
+    for (long k = 1; k < t->count; k++) NAME(step)(m, c + 3 * k, p, x, e, g);
+    const int valid = NAME(missed)(t, p, x, room) <= t->most * t->most;
+    for (long i = 0; i < m; i++)
+        for (long j = 0; j < m; j++) t->core[(item * m + i) * m + j] = valid ? t->scale * x[i * S + j] : NAN;
+}
