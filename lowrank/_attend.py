@@ -122,6 +122,35 @@ def inner_cotangent(system: Array | None, w_bar: Array, sigma_bar: Array, sigma:
     return w_bar @ sigma.mT if system is None else -sigma_bar @ w.mT
 
 
+def gram_cotangent(z: Array, system: Array, system_bar: Array, xp: Namespace) -> Array:
+    """z̄ = Gz − diag(G1) z, G = P ∘ (P̄ + P̄ᵀ), for P = k(z, z) + δI and a cotangent P̄ of it."""
+    g = (system_bar + xp.matrix_transpose(system_bar)) * system
+    g = xp.where(identity(g, xp) == 1, xp.zeros_like(g), g)  # what it is times there is zᵢ − zᵢ
+    return g @ z - xp.sum(g, axis=-1, keepdims=True) * z
+
+
+def landmark_cotangents(
+    from_q: Array,
+    w_bar: Array,
+    sigma_bar: Array,
+    sigma: Array,
+    w: Array,
+    system: Array | None,
+    z: Array,
+    factor: float,
+    xp: Namespace,
+    *,
+    of_gram: bool,
+) -> tuple[Array, Array | None]:
+    """z̄ and M̄ or P̄, for Hᵀx of points x, and landmarks z, that are times 1 or s, and s² or s. ``of_gram``: P̄ is None,
+    and z̄ has what z has in P = k(z, z) + δI."""
+    columns = xp.sum(w_bar * w + sigma * sigma_bar, axis=-1, keepdims=True)  # Hᵀ1, without another pass over H
+    z_bar, inner = from_q - columns * z, inner_cotangent(system, w_bar, sigma_bar, sigma, w)
+    if of_gram:
+        z_bar, inner = z_bar + gram_cotangent(z, system, inner, xp), None
+    return z_bar * factor, inner
+
+
 def forward(
     q: Array, z: Array, v: Array, core: Array | Factor, system: Array | None, centre: Array, scale: float, xp: Namespace
 ) -> tuple[Array, Array, Array]:
@@ -156,8 +185,10 @@ def backward(
     weights: Array,
     g: Array,
     xp: Namespace,
-) -> tuple[Array, Array, Array, Array]:
-    """q̄, z̄, v̄, and M̄ or, where P is given, P̄, for the cotangent g of X."""
+    *,
+    of_gram: bool,
+) -> tuple[Array, Array, Array, Array | None]:
+    """q̄, z̄, v̄, and M̄ or, where P is given, P̄, for the cotangent g of X; with P̄ in z̄, and None, if ``of_gram``."""
     q_bar, v_bar, s2 = xp.empty_like(q), xp.empty_like(v), scale * scale
     memory, plan, found = _Memory(centre, xp), _planned(q, z), []
     room = memory.take("c", plan.room)
@@ -183,9 +214,11 @@ def backward(
             from_q = _plus(from_q, xp.matrix_transpose(h), x, xp)
             x *= xp.sum(h, axis=-1, keepdims=True)
             _bring(q_bar, group, rows, add_product(x, h, z_, xp, beta=-s2, alpha=s2, out=x), xp)
-        columns = xp.sum(w_bar * w + sigma * sigma_bar, axis=-1, keepdims=True)  # Hᵀ1, without another pass over H
-        found.append(((from_q - columns * z_) * s2, inner_cotangent(system_, w_bar, sigma_bar, sigma, w)))
-    z_bar, inner_bar = (_joined(parts, plan, q.shape[:2], xp) for parts in zip(*found, strict=True))
+        given = w_bar, sigma_bar, sigma, w, system_, z_
+        found.append(landmark_cotangents(from_q, *given, s2, xp, of_gram=of_gram))
+    z_bar, inner_bar = (
+        None if parts[0] is None else _joined(parts, plan, q.shape[:2], xp) for parts in zip(*found, strict=True)
+    )
     return q_bar, z_bar, v_bar, inner_bar
 
 

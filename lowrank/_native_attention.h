@@ -178,6 +178,38 @@ TARGET static void NAME(pass)(const struct attention *t, int what, long element,
     }
 }
 
+/* z_bar = s(H'x - diag(H'1)z) to memory, for H'x in padded rows; and of_gram with what z has in P, whose cotangent is
+   -sigma_bar w': s(Gz - diag(G1)z), G = -P(sigma_bar w' + w sigma_bar') entry by entry, but 0 on its diagonal. */
+TARGET static void NAME(landmark_cotangents)(const struct attention *t, long element, const struct NAME(landmarks) *y,
+                                             const float *w_bar, const float *w, const float *s, float *z_bar,
+                                             float *room)
+{
+    const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e), S = PADDED(m);
+    const float *sigma = t->sigma + element * m * e, *system = t->system + element * m * m;
+    float *w_t = TAKE(E * S), *s_t = TAKE(E * S), *g = TAKE(m * S), *sums = TAKE(S);
+    for (long j = 0; j < m; j++) {
+        sums[j] = 0;
+        for (long k = 0; k < e; k++) sums[j] += w_bar[j * E + k] * w[j * E + k] + sigma[j * e + k] * s[j * E + k];
+    }
+    if (t->of_gram) {
+        for (long k = 0; k < e; k++)
+            for (long j = 0; j < S; j++) {
+                w_t[k * S + j] = j < m ? w[j * E + k] : 0;
+                s_t[k * S + j] = j < m ? s[j * E + k] : 0;
+            }
+        NAME(product)(m, S, e, s, E, 1, w_t, S, g, S, 0);
+        NAME(product)(m, S, e, w, E, 1, s_t, S, g, S, 1);
+        for (long i = 0; i < m; i++) {
+            g[i * S + i] = 0;
+            for (long j = 0; j < m; j++) sums[i] += g[i * S + j] *= -system[i * m + j];
+        }
+        NAME(product)(m, D, m, g, S, 1, y->z, D, z_bar, D, 1);
+    }
+    for (long j = 0; j < m; j++)
+        for (long k = 0; k < d; k++) z_bar[j * D + k] = t->scale * (z_bar[j * D + k] - sums[j] * y->z[j * D + k]);
+    NAME(unpad)(m, d, z_bar, t->z_bar + element * m * d);
+}
+
 /* One item: all of an element, or a chunk of its points. */
 TARGET static void NAME(attend)(const void *task, int what, long item, float *room)
 {
@@ -189,6 +221,7 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
     float *z = TAKE(m * D), *half_z = TAKE(m);
     struct NAME(landmarks) y = {z, half_z, 0};
     float *w = TAKE(m * E), *s = TAKE(m * E), *sums = TAKE(m * W), *spare = TAKE(m * E);
+    float *w_bar = TAKE(m * E);
     float *c = whole ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
     NAME(prepare)(t, element, &y);
     if (what == PRODUCT || what == COTANGENTS || what == BACKWARD) NAME(pad)(m, e, t->w + element * m * e, w);
@@ -200,10 +233,14 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
         NAME(solve)(t, element, sums, solved, spare);
         NAME(unpad)(m, e, sums, t->sums + element * m * e);
         NAME(unpad)(m, e, solved, (what == FORWARD ? t->w : t->sigma_bar) + element * m * e);
+        memcpy(w_bar, sums, sizeof(float) * m * E);
         memset(sums, 0, sizeof(float) * m * W);
         what = what == FORWARD ? PRODUCT : COTANGENTS;
     }
     NAME(pass)(t, what, element, first, last, &y, w, s, sums, c, room);
     if (what == SUMS) NAME(unpad)(m, e, sums, t->sums + item * m * e);
-    if (what == COTANGENTS) NAME(unpad)(m, d, sums, t->from_q + item * m * d);
+    if (whole && what == COTANGENTS)
+        NAME(landmark_cotangents)(t, element, &y, w_bar, w, s, sums, room);
+    else if (what == COTANGENTS)
+        NAME(unpad)(m, d, sums, t->from_q + item * m * d);
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank import _native
 from lowrank._array import Namespace
-from lowrank._attend import CORRECTIONS, Factor, applied, inner_cotangent
+from lowrank._attend import CORRECTIONS, Factor, applied, inner_cotangent, landmark_cotangents
 
 # What is computed of chunks of the points, and of whole elements of the batch.
 SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD = range(5)
@@ -39,10 +39,10 @@ class Task(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("heads", "elements", "n", "m", "d", "e")),
-        *((name, ctypes.c_int64) for name in ("transposed_core", "corrections")),
+        *((name, ctypes.c_int64) for name in ("transposed_core", "corrections", "of_gram")),
         *((name, Rows) for name in ("q", "summed", "v", "g", "out", "q_bar", "v_bar")),
-        *((name, ctypes.c_void_p) for name in ("centre", "z", "core", "system")),
-        *((name, ctypes.c_void_p) for name in ("w", "sigma_bar", "sums", "from_q")),
+        *((name, ctypes.c_void_p) for name in ("centre", "z", "core", "system", "sigma")),
+        *((name, ctypes.c_void_p) for name in ("w", "sigma_bar", "sums", "from_q", "z_bar")),
         ("scale", ctypes.c_float),
     )
 
@@ -97,7 +97,9 @@ def backward(
     weights: Tensor,
     g: Tensor,
     xp: Namespace,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *,
+    of_gram: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q̄, z̄, v̄, and M̄ or P̄, as ``_attend.backward`` has them."""
     call = _Call(q, z, v, centre, scale)
     q_bar, v_bar = call.writes("q_bar", q), call.writes("v_bar", v)
@@ -105,16 +107,19 @@ def backward(
     call.packs(w=weights)
     if call.is_whole(core):
         call.solves(core, system, transposed=system is None)
-        w_bar, sigma_bar, from_q = call.makes("sums"), call.makes("sigma_bar"), call.makes("from_q")
+        call.packs(sigma=sums)
+        call.task.of_gram = of_gram
+        w_bar, sigma_bar, z_bar = call.makes("sums"), call.makes("sigma_bar"), call.makes("z_bar")
         call.run(BACKWARD)
-    else:
-        w_bar = call.by_chunks("sums", SUMS)
-        sigma_bar = applied(xp.matrix_transpose(core) if system is None else core, system, w_bar, xp)
-        call.packs(sigma_bar=sigma_bar)
-        from_q = call.by_chunks("from_q", COTANGENTS)
-    columns = (w_bar * weights + sums * sigma_bar).sum(-1, keepdim=True)  # Hᵀ1
-    z_bar = (from_q - columns * call.arrays["z"]) * scale
-    return q_bar, z_bar, v_bar, inner_cotangent(system, w_bar, sigma_bar, sums, weights)
+        inner = None if of_gram else inner_cotangent(system, w_bar, sigma_bar, sums, weights)
+        return q_bar, z_bar, v_bar, inner
+    w_bar = call.by_chunks("sums", SUMS)
+    sigma_bar = applied(xp.matrix_transpose(core) if system is None else core, system, w_bar, xp)
+    call.packs(sigma_bar=sigma_bar)
+    from_q = call.by_chunks("from_q", COTANGENTS)
+    given = w_bar, sigma_bar, sums, weights, system, call.arrays["z"]
+    z_bar, inner = landmark_cotangents(from_q, *given, scale, xp, of_gram=of_gram)
+    return q_bar, z_bar, v_bar, inner
 
 
 class _Call:
@@ -152,7 +157,7 @@ class _Call:
             self._points(name, x.expand(*self.batch, *x.shape[2:]).resolve_neg().contiguous())
 
     def makes(self, name: str, *chunks: int) -> Tensor:
-        width = self.task.d if name == "from_q" else self.task.e
+        width = self.task.d if name in ("from_q", "z_bar") else self.task.e
         out = self.arrays["z"].new_empty(*self.batch, *chunks, self.task.m, width)
         self._points(name, out)
         return out

@@ -42,8 +42,8 @@ the results. What is computed is in _native_core.h, _native_attention.h and _nat
 #define MOST(a, b) ((a) > (b) ? (a) : (b))
 #define TAKE(size) (room += PADDED(size), room - PADDED(size))
 
-/* Of chunks: C' times what is summed; Cw; v_bar, q_bar and H'x. Of whole elements: C'v, w and Cw; C'g, sigma_bar and
-   those cotangents. */
+/* Of chunks: C' times what is summed; Cw; v_bar, q_bar and H'x. Of whole elements: C'v, w and Cw; C'g, sigma_bar,
+   those cotangents and z_bar. */
 enum { SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD };
 
 /* Rows of an array (batch, heads, n, width) in memory: each is contiguous; strides are in numbers, which are float, or
@@ -55,12 +55,13 @@ struct rows {
 
 /* What is summed is v or g. Arrays that are not rows are packed, with the elements of both batch axes on one: c
    (elements, d), z = (landmarks - c)s (elements, m, d), M, transposed or not, and P (elements, m, m), which are read of
-   whole elements alone, w and sigma_bar (elements, m, e), sums (elements, chunks, m, e), H'x (elements, chunks, m, d). */
+   whole elements alone, w, sigma_bar and sigma = C'v (elements, m, e), sums (elements, chunks, m, e), H'x (elements,
+   chunks, m, d), z_bar (elements, m, d). */
 struct attention {
-    int64_t heads, elements, n, m, d, e, transposed_core, corrections;
+    int64_t heads, elements, n, m, d, e, transposed_core, corrections, of_gram;
     struct rows q, summed, v, g, out, q_bar, v_bar;
-    const float *centre, *z, *core, *system;
-    float *w, *sigma_bar, *sums, *from_q;
+    const float *centre, *z, *core, *system, *sigma;
+    float *w, *sigma_bar, *sums, *from_q, *z_bar;
     float scale;
 };
 
@@ -154,12 +155,13 @@ static inline uint16_t to_bfloat16(float f)
 
 static int is_whole(int what) { return what == FORWARD || what == BACKWARD; }
 
-/* How many numbers one thread needs to work: all that NAME(attend) and NAME(pass) take. */
+/* How many numbers one thread needs to work: all that NAME(attend) and what it calls take. */
 static size_t room_of(const struct attention *t, int what)
 {
     const size_t m = t->m, D = PADDED(t->d), E = PADDED(t->e), W = MOST(D, E);
     const size_t blocks = is_whole(what) ? (t->n + BLOCK - 1) / BLOCK : 1;
-    return BLOCK * (2 * D + 4 * E + W + m * (1 + blocks)) + m * (D + 3 * E + 2 * W) + PADDED(m);
+    const size_t of_landmarks = what == BACKWARD ? (2 * E + m + 1) * PADDED(m) : 0;
+    return BLOCK * (2 * D + 4 * E + W + m * (1 + blocks)) + m * (D + 4 * E + 2 * W) + PADDED(m) + of_landmarks;
 }
 
 #if defined(__x86_64__)

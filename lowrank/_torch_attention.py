@@ -51,12 +51,9 @@ class Attention(torch.autograd.Function):
             if torch.is_grad_enabled() or is_traced(g):
                 return Attention.differentiable_backward(ctx, g)
             q_bar, z_bar, v_bar, inner = ctx.way.backward(
-                q, z, v, core, system, centre, ctx.scale, sums, weights, g, xp
+                q, z, v, core, system, centre, ctx.scale, sums, weights, g, xp, of_gram=ctx.ridge is not None
             )
-            if ctx.ridge is not None:
-                s = ctx.scale
-                z_bar = z_bar.add_(gram_cotangent((z - centre) * s, system, inner), alpha=s)
-        inners = (inner, None) if system is None else (None, inner if ctx.ridge is None else None)
+        inners = (inner, None) if system is None else (None, inner)
         return q_bar, z_bar, v_bar, *inners, None, None, None
 
     @staticmethod
@@ -112,21 +109,19 @@ class _ByKernels:
         weights: Tensor,
         g: Tensor,
         xp: Namespace,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *,
+        of_gram: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         x, y = (q - centre) * scale, (z - centre) * scale
         values, g = v.to(x.dtype), g.to(x.dtype)
         w_bar = _fused_attention.transposed_product(x, y, g)
         sigma_bar = _attend.applied(core.mT if system is None else core, system, w_bar, xp)
         x_bar, y_bar, v_bar = _fused_attention.cotangents(x, y, values, g, weights, sigma_bar)
         q_bar, v_bar = (scale * x_bar).to(q.dtype), v_bar.to(v.dtype)
-        return q_bar, scale * y_bar, v_bar, _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
-
-
-def gram_cotangent(z: Tensor, system: Tensor, system_bar: Tensor) -> Tensor:
-    """z̄ = Hz − diag(H1) z, H = P ∘ (P̄ + P̄ᵀ), for P = k(z, z) + δI and a cotangent P̄ of it."""
-    h = (system_bar + system_bar.mT).mul_(system)
-    h.diagonal(dim1=-2, dim2=-1).zero_()  # what it is times is zᵢ − zᵢ
-    return (h @ z).sub_(h.sum(-1, keepdim=True) * z)
+        inner = _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
+        if of_gram:
+            y_bar, inner = y_bar + _attend.gram_cotangent(y, system, inner, xp), None
+        return q_bar, scale * y_bar, v_bar, inner
 
 
 def gaussian_product(x: Tensor, y: Tensor, v: Tensor) -> Tensor:

@@ -268,8 +268,8 @@ def _approximate_inverse(a: Array, ridge: float, method: str, xp: Namespace) -> 
 
 
 def _bounds(x: Array, xp: Namespace) -> dict[str, float]:
-    """Of A = k(z, z), of m landmarks or of that shape, no row sum exceeds m; and the error of the corrections is a power
-    of the inverse's."""
+    """For x = A = k(z, z), or m landmarks: no row sum of A exceeds m, and corrections leave a power of the inverse's
+    error."""
     m, tol = max(x.shape[-2], 1), float(xp.finfo(x.dtype).eps) ** (1 / (1 + _attend.CORRECTIONS))
     return {"upper": float(m), "tol": tol}
 

@@ -96,7 +96,7 @@ def test_what_is_kept_is_not_computed_again(rows, again, backward, monkeypatch):
     out, sums, weights = _attend.forward(q, z, v, core, None, centre, 1.0, XP)
     with counter:
         if backward:
-            _attend.backward(q, z, v, core, None, centre, 1.0, sums, weights, out, XP)
+            _attend.backward(q, z, v, core, None, centre, 1.0, sums, weights, out, XP, of_gram=False)
         else:
             _attend.forward(q, z, v, core, None, centre, 1.0, XP)
     distances, others = (n + again) * d, n * (2 * d + 4 * e if backward else 2 * e)
