@@ -88,7 +88,7 @@ struct mlp {
     float *out, *x_bar, *w1_bar, *b1_bar, *w2_bar, *w1_rows, *w1_columns, *w2_rows, *w2_columns, *h, *u_bar, *sums;
 };
 
-/* GELU(u), or its cotangent for one, g, of count numbers in a row, which are float, or bfloat16 if half. out may be u. */
+/* GELU(u), or its cotangent for one, g, of count numbers in a row, which are float, or bfloat16 if half. */
 enum { GELU, GELU_BACK };
 
 struct gelu {

@@ -15,7 +15,7 @@ from lowrank import _native
 
 # Features come in panels of as many, as rows do in blocks.
 PANEL, BLOCK = 32, 128
-# Blocks of rows of which the way back keeps the hidden layer, if there are not more threads.
+# Blocks of rows whose hidden layer the way back has at a time, where there are few threads.
 BLOCKS = 4
 
 
@@ -57,10 +57,12 @@ def gelu(u: Tensor, g: Tensor | None = None) -> Tensor:
 
 
 def applies(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> bool:
-    """Whether they are float32, some rows, and of widths that panels fill."""
+    """Whether they are float32, of shapes that fit, some rows, and of widths that panels fill."""
     arrays = x, w1, b1, w2, b2
-    known = all(y.dtype == torch.float32 for y in arrays) and x.numel() > 0
-    return known and all(n % PANEL == 0 for n in w1.shape) and _native.serve(*arrays)
+    hidden, width = w1.shape
+    fit = x.shape[-1] == width and w2.shape == (width, hidden) and b1.shape == (hidden,) and b2.shape == (width,)
+    known = fit and x.numel() > 0 and all(y.dtype == torch.float32 for y in arrays)
+    return known and width % PANEL == hidden % PANEL == 0 and _native.serve(*arrays)
 
 
 def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, residual: bool) -> Tensor:

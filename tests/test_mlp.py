@@ -250,6 +250,17 @@ def test_layers_that_were_changed_are_used(change):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_another_second_layer_is_torchs(dtype):
+    ours, theirs = pair(dtype)
+    torch.manual_seed(6)
+    ours.fc2 = theirs.fc2 = torch.nn.Linear(4 * DIM, 2 * DIM).to(dtype)
+    close = {"rtol": 0, "atol": 30 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(ours(tokens(8, dtype=dtype)), theirs(tokens(8, dtype=dtype)), **close)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        ours.plus_input(tokens(8, dtype=dtype))
+
+
 def test_dropout_is_for_training():
     ours, theirs = pair()
     for module in (ours, theirs):
