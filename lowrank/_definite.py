@@ -98,20 +98,19 @@ def _approximation(a: Array, *, ridge: float, upper: Any, tol: float, xp: Namesp
     pass takes half the time of a product, and the call for it all of that. Nor is X made Hermitian: rounding leaves
     errors of κ·eps in XP, but of κ²·eps in PX.
     """
-    batch, steps = a.shape[:-2], approximate_steps(ridge, upper, tol)
+    batch, (chosen, scale, powers, tol) = a.shape[:-2], approximate_steps(ridge, upper, tol)
     a = xp.reshape(a, (-1, *a.shape[-2:]))  # for sums in the pass of a product
-    p = add_to_diagonal(steps.scale * a, steps.scale * ridge, xp)
-    (c0, *others), *rest = steps.powers
+    p = add_to_diagonal(scale * a, scale * ridge, xp)
+    (c0, *others), *rest = powers
     x = add_to_diagonal(_sum_of_powers(p, others, xp), c0, xp)
     for c0, *others in rest:
         x = add_product(x, _sum_of_powers(stacked_product(x, p, xp), others, xp), x, xp, beta=c0)
-    valid = xp.reshape(_inverts(x, p, xp, steps.tol), batch)
+    valid = xp.reshape(_inverts(x, p, xp, tol), batch)
     if ridge * float(xp.finfo(p.dtype).max) < 1:
         valid = xp.zeros_like(valid)  # what X may hold overflows
-    x = xp.reshape(steps.scale * x, (*batch, *x.shape[-2:]))
+    x = xp.reshape(scale * x, (*batch, *x.shape[-2:]))
     zero = xp.zeros(batch, dtype=real_dtype(p, xp), device=device(p))
     # The first takes neither E nor S·X; P is tried with one.
-    chosen = steps.chosen
     figures = len(chosen.steps), chosen.products - 2 + 1, max(1 - chosen.low, chosen.high - 1)
     steps, products, bound = (zero + float(v) for v in figures)
     return or_nan(valid, x, xp), Work(steps, products, bound, zero, valid)

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import array_api_compat as compat
 import numpy as np
 
-from lowrank._array import Array, Namespace
+from lowrank import _newton
+from lowrank._array import Array, Namespace, carries_derivative
 from lowrank._differentials import differential, distance_differential
 
 
@@ -50,10 +51,15 @@ def textbook_steps(x: Array, a: Array, steps: int) -> Array:
 
     five products with that of E, in memory that is used again, where recording the steps takes new memory for all.
     """
+    import array_api_compat.torch as xp
+
+    from lowrank import _native_newton
     from lowrank._torch_rules import TextbookSteps
 
     if a.shape[-1] > a.shape[-2]:  # the iteration commutes with ᴴ
         return textbook_steps(x.mH, a.mH, steps).mH
+    if not (carries_derivative(x) or carries_derivative(a) or _native_newton.applies(x, a, steps)):
+        return _newton.textbook_steps(x, a, steps, xp)
     out = TextbookSteps.apply(*(y.reshape(-1, *y.shape[-2:]) for y in (x, a)), steps)
     return out.reshape(x.shape)
 

@@ -24,6 +24,8 @@ the results. What is computed is in _native_core.h, _native_attention.h and _nat
 #define LOWEST -69.8f
 /* Squared norms from which on a difference of two may be no number. */
 #define FAR 1e30f
+/* Of cotangents of Newton's steps, 2^-90. */
+#define TINY 0x1p-90f
 /* D. Hendrycks & K. Gimpel, arXiv 1606.08415, section 2: (1 + tanh(y/2))/2 is s(y). */
 #define BETA 1.59576912f /* 2 sqrt(2/pi) */
 #define GAMMA 0.044715f
@@ -72,6 +74,15 @@ struct core {
     const float *z, *steps, *probes;
     float *system, *core;
     float ridge, scale, most;
+};
+
+/* x, a and g, out, and their cotangents (elements, m, m); count steps. */
+enum { STEPS, STEPS_BACK };
+
+struct newton {
+    int64_t elements, m, count;
+    const float *x, *a, *g;
+    float *out, *x_bar, *a_bar;
 };
 
 /* Weights are packed in panels of PANEL of their columns, or rows, to be read in the order in which they lie in memory:
@@ -262,6 +273,14 @@ int lowrank_core(const struct core *t, int what, int lanes, long threads, parall
     struct team team = {BY_LANES(cores, lanes), t, m * D + (t->d + 1) * S + 4 * m * S + 2 * t->probed * S, what, 0, 0};
     team.items = t->elements;
     return run(&team, LEAST(threads, t->elements * t->count * m * m * m / GRAIN + 1), together);
+}
+
+/* What the steps lead to, or their cotangents. */
+int lowrank_newton(const struct newton *t, int what, int lanes, long threads, parallel *together)
+{
+    const long S = PADDED(t->m), n = t->m * S, kept = what == STEPS_BACK ? t->count : 1;
+    struct team team = {BY_LANES(steps, lanes), t, (2 * kept + 1) * n + 5 * n + 2 * S * BLOCK, what, t->elements, 0};
+    return run(&team, LEAST(threads, t->elements * t->count * t->m * t->m * t->m / GRAIN + 1), together);
 }
 
 /* The output, or the gradients, with as many threads. */

@@ -134,6 +134,7 @@ TARGET static void NAME(accumulate)(long n, const float *x, float *sums)
 #include "_native_attention.h"
 #include "_native_core.h"
 #include "_native_mlp.h"
+#include "_native_newton.h"
 
 #undef vec
 #undef bits

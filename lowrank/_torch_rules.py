@@ -16,6 +16,7 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
+from lowrank import _native_newton
 from lowrank._array import arithmetic, gradients_of, is_traced
 from lowrank._differentials import cotangent, differential, distance_cotangent, distance_differential
 from lowrank._newton import textbook_steps
@@ -75,10 +76,15 @@ class Pseudoinverse(ReversePseudoinverse):
 
 
 class TextbookSteps(torch.autograd.Function):
-    """``textbook_steps`` of X (b, n, m) and A (b, m, n), n ≤ m, of which only the X of each step is kept."""
+    """``textbook_steps`` of X (b, n, m) and A (b, m, n), n ≤ m, of which only the X of each step is kept; or by the
+    compiled kernels, for which none is."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, steps: int) -> Tensor:
+        ctx.steps = steps
+        if _native_newton.applies(x, a, steps):
+            ctx.save_for_backward(x, a, None)
+            return _native_newton.steps(x, a, steps)
         kept, e = x.new_empty(steps + 1, *x.shape), x.new_empty(*x.shape[:-1], a.shape[-1])
         kept[0] = x
         for before, after in itertools.pairwise(kept):
@@ -91,8 +97,10 @@ class TextbookSteps(torch.autograd.Function):
         x, a, kept = ctx.saved_tensors
         with arithmetic(x):
             if torch.is_grad_enabled() or is_traced(g):
-                steps = partial(textbook_steps, steps=len(kept) - 1, xp=xp)
+                steps = partial(textbook_steps, steps=ctx.steps, xp=xp)
                 return *gradients_of(steps, (x, a), g, ctx.needs_input_grad[:2]), None
+            if kept is None:
+                return *_native_newton.cotangents(x, a, g, ctx.steps), None
             scale, a_bar = _power_of_two(g), torch.zeros_like(a)
             g = _flushed((g / scale).contiguous())
             new, e, h = torch.empty_like(g), *(x.new_empty(*x.shape[:-1], a.shape[-1]) for _ in range(2))

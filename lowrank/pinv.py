@@ -16,6 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
+import array_api_compat as compat
+
 from lowrank import _elimination, _fused
 from lowrank._array import (
     Array,
@@ -391,7 +393,7 @@ def _textbook(p: Array, *, steps: int, alpha: Any, ridge: float, xp: Namespace) 
         alpha = xp.zeros_like(one_norm) + alpha
         x = as_matrices(alpha) * start
         spread = alpha * one_norm * inf_norm
-    if carries_derivative(x) and not (is_traced(x) or is_transformed(x)):
+    if compat.is_torch_array(x) and not (is_traced(x) or is_transformed(x)):
         from lowrank import _gradients
 
         x = _gradients.textbook_steps(x, p, steps)

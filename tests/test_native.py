@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from lowrank import _native, _native_attention, _native_core, _native_mlp
+from lowrank import _native, _native_attention, _native_core, _native_mlp, _native_newton
 
 STRUCTURES = {
     "rows": _native_attention.Rows,
     "attention": _native_attention.Task,
     "core": _native_core.Task,
+    "newton": _native_newton.Task,
     "mlp": _native_mlp.Task,
     "gelu": _native_mlp.Activation,
 }
