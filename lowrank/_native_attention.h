@@ -126,7 +126,7 @@ TARGET static void NAME(gaussians)(const struct attention *t, int what, const st
 TARGET static void NAME(solve)(const struct attention *t, long element, const float *b, float *w, float *room)
 {
     const long m = t->m, E = PADDED(t->e), along = t->transposed_core ? 1 : m;
-    const float *core = t->core + element * m * m, *system = t->system + element * m * m;
+    const float *core = t->core + element * m * m, *system = t->corrections ? t->system + element * m * m : 0;
     NAME(product)(m, E, m, core, along, m + 1 - along, b, E, w, E, 0);
     for (long i = 0; i < t->corrections; i++) {
         NAME(product)(m, E, m, system, m, 1, w, E, room, E, 0);
@@ -185,13 +185,14 @@ TARGET static void NAME(landmark_cotangents)(const struct attention *t, long ele
                                              float *room)
 {
     const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e), S = PADDED(m);
-    const float *sigma = t->sigma + element * m * e, *system = t->system + element * m * m;
+    const float *sigma = t->sigma + element * m * e;
     float *w_t = TAKE(E * S), *s_t = TAKE(E * S), *g = TAKE(m * S), *sums = TAKE(S);
     for (long j = 0; j < m; j++) {
         sums[j] = 0;
         for (long k = 0; k < e; k++) sums[j] += w_bar[j * E + k] * w[j * E + k] + sigma[j * e + k] * s[j * E + k];
     }
     if (t->of_gram) {
+        const float *system = t->system + element * m * m;
         for (long k = 0; k < e; k++)
             for (long j = 0; j < S; j++) {
                 w_t[k * S + j] = j < m ? w[j * E + k] : 0;
