@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import array_api_compat as compat
 import numpy as np
 
 from lowrank._accurate import accurate_cost, accurate_product
@@ -21,6 +22,7 @@ from lowrank._array import (
     device,
     from_host,
     is_traced,
+    is_transformed,
     matrix_transpose_conj,
     real_dtype,
     stacked_product,
@@ -99,21 +101,43 @@ def _approximation(a: Array, *, ridge: float, upper: Any, tol: float, xp: Namesp
     errors of κ·eps in XP, but of κ²·eps in PX.
     """
     batch, (chosen, scale, powers, tol) = a.shape[:-2], approximate_steps(ridge, upper, tol)
-    a = xp.reshape(a, (-1, *a.shape[-2:]))  # for sums in the pass of a product
-    p = add_to_diagonal(scale * a, scale * ridge, xp)
-    (c0, *others), *rest = powers
-    x = add_to_diagonal(_sum_of_powers(p, others, xp), c0, xp)
-    for c0, *others in rest:
-        x = add_product(x, _sum_of_powers(stacked_product(x, p, xp), others, xp), x, xp, beta=c0)
-    valid = xp.reshape(_inverts(x, p, xp, tol), batch)
-    if ridge * float(xp.finfo(p.dtype).max) < 1:
+    if _is_compiled(a):
+        from lowrank import _native_core
+
+        x, valid = _native_core.inverse(a, ridge, scale=scale, **_numbers(powers, a.shape[-1], tol))
+    else:
+        p = xp.reshape(a, (-1, *a.shape[-2:]))  # for sums in the pass of a product
+        p = add_to_diagonal(scale * p, scale * ridge, xp)
+        (c0, *others), *rest = powers
+        x = add_to_diagonal(_sum_of_powers(p, others, xp), c0, xp)
+        for c0, *others in rest:
+            x = add_product(x, _sum_of_powers(stacked_product(x, p, xp), others, xp), x, xp, beta=c0)
+        valid = xp.reshape(_inverts(x, p, xp, tol), batch)
+        x = xp.reshape(scale * x, (*batch, *x.shape[-2:]))
+    if ridge * float(xp.finfo(a.dtype).max) < 1:
         valid = xp.zeros_like(valid)  # what X may hold overflows
-    x = xp.reshape(scale * x, (*batch, *x.shape[-2:]))
-    zero = xp.zeros(batch, dtype=real_dtype(p, xp), device=device(p))
+    zero = xp.zeros(batch, dtype=real_dtype(a, xp), device=device(a))
     # The first takes neither E nor S·X; P is tried with one.
     figures = len(chosen.steps), chosen.products - 2 + 1, max(1 - chosen.low, chosen.high - 1)
     steps, products, bound = (zero + float(v) for v in figures)
     return or_nan(valid, x, xp), Work(steps, products, bound, zero, valid)
+
+
+def _is_compiled(a: Array) -> bool:
+    """Whether there are kernels for these matrices."""
+    if not compat.is_torch_array(a) or is_traced(a) or is_transformed(a):
+        return False
+    from lowrank import _native_core
+
+    return _native_core.applies(a)
+
+
+@remembered
+def _numbers(powers: tuple[tuple[float, ...], ...], n: int, tol: float) -> dict[str, Any]:
+    """Of the steps, and of what the inverse is tried with, as kernels want them."""
+    tried, most = probes(n, tol)
+    padded = np.asarray([(*power, 0.0)[:3] for power in powers], dtype=np.float32)
+    return {"powers": padded, "probes": tried.astype(np.float32), "most": most}
 
 
 class ApproximateSteps(NamedTuple):
@@ -122,7 +146,7 @@ class ApproximateSteps(NamedTuple):
 
     chosen: Plan
     scale: float
-    powers: list[tuple[float, ...]]
+    powers: tuple[tuple[float, ...], ...]
     tol: float
 
 
@@ -134,7 +158,8 @@ def approximate_steps(ridge: float, upper: float, tol: float) -> ApproximateStep
     # A power of two, by which multiplication is exact, that brings P to the size of I. (upper + ridge may overflow.)
     scale = 2.0 ** min(1 - math.frexp(max(upper, ridge))[1], 1000)
     start = 1 / (scale * (upper + ridge))  # a multiple of I, in powers of P alone
-    return ApproximateSteps(chosen, scale, [tuple(start ** (k + 1) * c for k, c in enumerate(first)), *rest], tol)
+    first = tuple(start ** (k + 1) * c for k, c in enumerate(first))
+    return ApproximateSteps(chosen, scale, (first, *rest), tol)
 
 
 @remembered

@@ -56,10 +56,10 @@ def textbook_steps(x: Array, a: Array, steps: int) -> Array:
     from lowrank import _native_newton
     from lowrank._torch_rules import TextbookSteps
 
-    if a.shape[-1] > a.shape[-2]:  # the iteration commutes with ᴴ
-        return textbook_steps(x.mH, a.mH, steps).mH
     if not (carries_derivative(x) or carries_derivative(a) or _native_newton.applies(x, a, steps)):
         return _newton.textbook_steps(x, a, steps, xp)
+    if a.shape[-1] > a.shape[-2]:  # the iteration commutes with ᴴ
+        return textbook_steps(x.mH, a.mH, steps).mH
     out = TextbookSteps.apply(*(y.reshape(-1, *y.shape[-2:]) for y in (x, a)), steps)
     return out.reshape(x.shape)
 

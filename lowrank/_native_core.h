@@ -1,5 +1,5 @@
-/* Of landmarks z, in units of the lengthscale and near the origin: P = A + ridge I, A = k(z, z), and M, an approximate
-inverse of it by the steps of _definite.py, whose formulas these are. */
+/* Of landmarks z, in units of the lengthscale and near the origin, A = k(z, z) and P = A + ridge I; and M, an approximate
+inverse of P by the steps of _definite.py, whose formulas these are. */
 
 /* E and X for the scaled P: X <- c0 X + (c1 E + c2 E^2)X with E = XP. */
 TARGET static void NAME(step)(long m, const float *c, const float *p, float *x, float *e, float *g)
@@ -27,39 +27,49 @@ TARGET static float NAME(missed)(const struct core *t, const float *p, const flo
     return sum;
 }
 
-/* One item: an element of the batch. */
-TARGET static void NAME(cores)(const void *task, int what, long item, float *room)
+/* A and P. */
+TARGET static void NAME(gram)(const struct core *t, long item, float *room)
 {
-    const struct core *t = task;
     const long m = t->m, d = t->d, S = PADDED(m), D = PADDED(d);
-    float *z = TAKE(m * D), *z_t = TAKE(d * S), *half = TAKE(S), *p = TAKE(m * S), *x = TAKE(m * S);
-    float *e = TAKE(m * S), *g = TAKE(m * S);
-    (void)what;
+    float *z = TAKE(m * D), *z_t = TAKE(d * S), *half = TAKE(S), *a = TAKE(m * S);
     NAME(pad)(m, d, t->z + item * m * d, z);
     for (long k = 0; k < d; k++)
         for (long j = 0; j < S; j++) z_t[k * S + j] = j < m ? z[j * D + k] : 0;
     /* The squares are the product's own, which makes k(z, z) = 1. */
-    NAME(product)(m, S, d, z, D, 1, z_t, S, p, S, 0);
-    for (long j = 0; j < S; j++) half[j] = j < m ? 0.5f * p[j * S + j] : 0;
+    NAME(product)(m, S, d, z, D, 1, z_t, S, a, S, 0);
+    for (long j = 0; j < S; j++) half[j] = j < m ? 0.5f * a[j * S + j] : 0;
     for (long i = 0; i < m; i++)
         for (long j = 0; j < S; j += LANES) {
-            vec *at = (vec *)(p + i * S + j);
+            vec *at = (vec *)(a + i * S + j);
             *at = NAME(exp)(*at - (*(vec *)(half + j) + half[i]), 1);
         }
-    for (long i = 0; i < m; i++) {
-        float *to = t->system + (item * m + i) * m;
-        for (long j = 0; j < m; j++) to[j] = p[i * S + j];
-        to[i] += t->ridge;
-        for (long j = 0; j < S; j++) p[i * S + j] *= t->scale;
-        p[i * S + i] += t->scale * t->ridge;
-    }
+    NAME(unpad)(m, m, a, t->a + item * m * m);
+    for (long i = 0; i < m; i++) a[i * S + i] += t->ridge;
+    NAME(unpad)(m, m, a, t->system + item * m * m);
+}
+
+/* M, and whether it is an inverse. */
+TARGET static void NAME(invert)(const struct core *t, long item, float *room)
+{
+    const long m = t->m, S = PADDED(m);
+    float *p = TAKE(m * S), *x = TAKE(m * S), *e = TAKE(m * S), *g = TAKE(m * S);
+    NAME(pad)(m, m, t->a + item * m * m, p);
+    for (long i = 0; i < m * S; i++) p[i] *= t->scale;
+    for (long i = 0; i < m; i++) p[i * S + i] += t->scale * t->ridge;
     /* The first step starts from a multiple of I, and so is in powers of P. */
     const float *c = t->steps;
     if (c[2] != 0) NAME(product)(m, S, m, p, S, 1, p, S, e, S, 0);
     for (long i = 0; i < m * S; i++) x[i] = c[2] != 0 ? c[1] * p[i] + c[2] * e[i] : c[1] * p[i];
     for (long i = 0; i < m; i++) x[i * S + i] += c[0];
     for (long k = 1; k < t->count; k++) NAME(step)(m, c + 3 * k, p, x, e, g);
-    const int valid = NAME(missed)(t, p, x, room) <= t->most * t->most;
-    for (long i = 0; i < m; i++)
-        for (long j = 0; j < m; j++) t->core[(item * m + i) * m + j] = valid ? t->scale * x[i * S + j] : NAN;
+    t->valid[item] = NAME(missed)(t, p, x, room) <= t->most * t->most;
+    for (long i = 0; i < m * S; i++) x[i] *= t->scale;
+    NAME(unpad)(m, m, x, t->inverse + item * m * m);
+}
+
+/* One item: an element of the batch. */
+TARGET static void NAME(cores)(const void *task, int what, long item, float *room)
+{
+    if (what == GRAM) NAME(gram)(task, item, room);
+    else NAME(invert)(task, item, room);
 }

@@ -1,4 +1,4 @@
-"""The Gram matrix of landmarks and an approximate inverse of it, of torch tensors on a CPU by compiled kernels.
+"""The Gram matrix of landmarks, and approximate inverses, of torch tensors on a CPU by compiled kernels.
 
 A few dozen landmarks make matrices for which a library's call takes as long as its work; here all of a matrix's steps,
 which are those of ``_definite``, are one call, in one core's nearest caches.
@@ -7,16 +7,16 @@ which are those of ``_definite``, are one call, in one core's nearest caches.
 from __future__ import annotations
 
 import ctypes
-import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lowrank import _native
-from lowrank._definite import approximate_steps, probes
 
 # Landmarks: the matrices of more do not fit the nearer caches.
 MOST_LANDMARKS = 128
+GRAM, INVERT = range(2)
 
 
 class Task(ctypes.Structure):
@@ -24,35 +24,39 @@ class Task(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("elements", "m", "d", "count", "probed")),
-        *((name, ctypes.c_void_p) for name in ("z", "steps", "probes", "system", "core")),
+        *((name, ctypes.c_void_p) for name in ("z", "steps", "probes", "a", "system", "inverse", "valid")),
         *((name, ctypes.c_float) for name in ("ridge", "scale", "most")),
     )
 
 
-def applies(z: Tensor, ridge: float) -> bool:
-    """Whether they are float32, some and not too many, and a matrix that is all ridge has an inverse."""
-    known = z.dtype == torch.float32 and 0 < z.shape[-2] <= MOST_LANDMARKS and z.numel() > 0
-    return known and ridge * torch.finfo(z.dtype).max >= 1 and _native.serve(z)
+def applies(x: Tensor) -> bool:
+    """Whether it is float32, of landmarks (..., m, d) or matrices (..., m, m) of some m, and not too many."""
+    return x.dtype == torch.float32 and 0 < x.shape[-2] <= MOST_LANDMARKS and x.numel() > 0 and _native.serve(x)
 
 
-def gram_core(z: Tensor, ridge: float, *, upper: float, tol: float) -> tuple[Tensor, Tensor]:
-    """M and P = k(z, z) + ridge·I for z (..., m, d) near the origin and ‖k(z, z)‖ ≤ upper: ‖I − MP‖ ≤ tol, or M is NaN
-    where P is not as definite as the ridge makes it."""
+def gram(z: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """A = k(z, z) and P = A + ridge·I for z (..., m, d) near the origin."""
     *batch, m, d = z.shape
-    z = z.resolve_neg().contiguous()
-    scale, steps, tried, most = _numbers(m, ridge, upper, tol)
-    core, system = (z.new_empty(*batch, m, m) for _ in range(2))
-    task = Task(elements=z.numel() // (m * d), m=m, d=d, count=len(steps), probed=len(tried))
+    a, system = (z.new_empty(*batch, m, m) for _ in range(2))
+    task = Task(elements=z.numel() // (m * d), m=m, d=d, ridge=ridge)
+    _run(task, GRAM, z=z.resolve_neg().contiguous(), a=a, system=system)
+    return a, system
+
+
+def inverse(
+    a: Tensor, ridge: float, *, scale: float, powers: np.ndarray, probes: np.ndarray, most: float
+) -> tuple[Tensor, Tensor]:
+    """X ≈ (A + ridge·I)⁻¹ for A (..., m, m) by the steps of ``_definite``, their powers (steps, 3), and whether what
+    becomes of the rows ``probes`` by X and then A + ridge·I is off by no more than ``most``."""
+    m, x, valid = a.shape[-1], a.new_empty(a.shape), torch.empty(a.shape[:-2], dtype=torch.bool)
+    task = Task(elements=a.numel() // (m * m), m=m, count=len(powers), probed=len(probes))
     task.ridge, task.scale, task.most = ridge, scale, most
-    for name, x in {"z": z, "steps": steps, "probes": tried, "system": system, "core": core}.items():
+    task.steps, task.probes = powers.ctypes.data, probes.ctypes.data
+    _run(task, INVERT, a=a.resolve_neg().contiguous(), inverse=x, valid=valid)
+    return x, valid
+
+
+def _run(task: Task, what: int, **arrays: Tensor) -> None:
+    for name, x in arrays.items():
         setattr(task, name, x.data_ptr())
-    _native.run("lowrank_core", task, 0)
-    return core, system
-
-
-@functools.lru_cache(maxsize=16)
-def _numbers(m: int, ridge: float, upper: float, tol: float) -> tuple[float, Tensor, Tensor, float]:
-    steps = approximate_steps(ridge, upper, tol)
-    tried, most = probes(m, steps.tol)
-    powers = [(*step, 0.0)[:3] for step in steps.powers]
-    return steps.scale, torch.tensor(powers), torch.tensor(tried, dtype=torch.float32), most
+    _native.run("lowrank_core", task, what)

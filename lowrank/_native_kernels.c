@@ -67,12 +67,15 @@ struct attention {
     float scale;
 };
 
-/* z (elements, m, d), P and M (elements, m, m); the steps (count, 3) and the scale of P that they are for; and what M is
-   tried with, probes (probed, m), and what they may be off in all. */
+/* z (elements, m, d), A, P and M, the inverse (elements, m, m); the steps (count, 3) and the scale of P that they are for;
+   what M is tried with, probes (probed, m), what they may be off in all, and whether they are, valid (elements). */
+enum { GRAM, INVERT };
+
 struct core {
     int64_t elements, m, d, count, probed;
     const float *z, *steps, *probes;
-    float *system, *core;
+    float *a, *system, *inverse;
+    char *valid;
     float ridge, scale, most;
 };
 
@@ -266,13 +269,13 @@ int lowrank_attend(const struct attention *task, int what, int lanes, long threa
     return run(&team, LEAST(threads, grains), together);
 }
 
-/* P and M. */
+/* A and P, or M. */
 int lowrank_core(const struct core *t, int what, int lanes, long threads, parallel *together)
 {
-    const long m = t->m, S = PADDED(m), D = PADDED(t->d);
-    struct team team = {BY_LANES(cores, lanes), t, m * D + (t->d + 1) * S + 4 * m * S + 2 * t->probed * S, what, 0, 0};
-    team.items = t->elements;
-    return run(&team, LEAST(threads, t->elements * t->count * m * m * m / GRAIN + 1), together);
+    const long m = t->m, d = t->d, S = PADDED(m), products = what == GRAM ? d : 2 * t->count * m;
+    const size_t room = what == GRAM ? m * PADDED(d) + (d + 1 + m) * S : (4 * m + 2 * t->probed) * S;
+    struct team team = {BY_LANES(cores, lanes), t, room, what, t->elements, 0};
+    return run(&team, LEAST(threads, t->elements * m * m * products / GRAIN + 1), together);
 }
 
 /* What the steps lead to, or their cotangents. */

@@ -191,16 +191,21 @@ def _centre(z: Array, landmark_mask: Array | None, xp: Namespace) -> Array:
 
 def _gram_core(z: Array, ridge: float, method: str, xp: Namespace) -> tuple[Array | _attend.Factor, Array]:
     """M and P = k(z, z) + δI, as ``_core`` has them, in few operations: for blocks, whose way back knows P's."""
-    if method == "newton" and compat.is_torch_array(z):
-        from lowrank import _native_core
-
-        if _native_core.applies(z, ridge):
-            return _native_core.gram_core(z, ridge, **_bounds(z, xp))
-    a = _attend.gram(z, xp)
-    system = add_to_diagonal(xp.asarray(a, copy=True), ridge, xp)
+    a, system = _gram(z, ridge, xp)
     if _is_factored(a, method):
         return _attend.Factor(cholesky(system, xp)), system
     return _approximate_inverse(a, ridge, method, xp), system
+
+
+def _gram(z: Array, ridge: float, xp: Namespace) -> tuple[Array, Array]:
+    """k(z, z) and k(z, z) + δI."""
+    if compat.is_torch_array(z):
+        from lowrank import _native_core
+
+        if _native_core.applies(z):
+            return _native_core.gram(z, ridge)
+    a = _attend.gram(z, xp)
+    return a, add_to_diagonal(xp.asarray(a, copy=True), ridge, xp)
 
 
 def _core(
@@ -262,16 +267,11 @@ def _inverse(method: str, inverse: Callable[..., Array] | None) -> Callable[...,
 
 def _approximate_inverse(a: Array, ridge: float, method: str, xp: Namespace) -> Array:
     """What the corrections in ``_attend`` make of it is right to rounding."""
-    # An m that is a symbol of a traced program bounds nothing.
-    known = _bounds(a, xp) if isinstance(a.shape[-1], int) and method == "newton" else {}
+    # Their error is a power of its error, and no row sum of A exceeds m. (An m that is a symbol of a traced program
+    # bounds nothing.)
+    m, tol = a.shape[-1], float(xp.finfo(a.dtype).eps) ** (1 / (1 + _attend.CORRECTIONS))
+    known = {"upper": float(max(1, m)), "tol": tol} if isinstance(m, int) and method == "newton" else {}
     return _inverse(method, None)(a, hermitian=True, ridge=ridge, **known)
-
-
-def _bounds(x: Array, xp: Namespace) -> dict[str, float]:
-    """For x = A = k(z, z), or m landmarks: no row sum of A exceeds m, and corrections leave a power of the inverse's
-    error."""
-    m, tol = max(x.shape[-2], 1), float(xp.finfo(x.dtype).eps) ** (1 / (1 + _attend.CORRECTIONS))
-    return {"upper": float(m), "tol": tol}
 
 
 def _check_inverse(core: Any, a: Array) -> None:

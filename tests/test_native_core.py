@@ -4,7 +4,16 @@ import array_api_compat
 import pytest
 import torch
 
-from lowrank import _attend, _definite, _native, _native_core, attention, softmax_free_attention
+from lowrank import (
+    _attend,
+    _definite,
+    _native,
+    _native_core,
+    attention,
+    pinv,
+    pinv_newton,
+    softmax_free_attention,
+)
 from lowrank.kernels import gaussian_kernel
 
 pytestmark = pytest.mark.skipif(not _native.is_built(), reason="no C compiler was found when lowrank was installed")
@@ -23,11 +32,18 @@ def landmarks(*shape, spread=0.5, seed=0):
     return spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def bounds(z):
-    return attention._bounds(z, XP)
+def core_of(z, ridge):
+    """M and P."""
+    a, system = _native_core.gram(z, ridge)
+    return attention._approximate_inverse(a, ridge, "newton", XP), system
 
 
-SHAPES = [(1, 1), (2, 3, 7, 5), (1, 1, 49, 32), (2, 128, 64), (3, 16, 16), (1, 17, 33), (0, 2, 7, 5)]
+def tolerance(z):
+    """What the steps leave, and rounding, which meets the condition."""
+    return EPS ** (1 / 3), 8 * EPS * z.shape[-2] ** 0.5
+
+
+SHAPES = [(1, 1), (2, 3, 7, 5), (1, 1, 49, 32), (2, 128, 64), (3, 16, 16), (1, 17, 33)]
 
 
 @pytest.mark.parametrize("ridge", [0.01, 1e-3, 10.0])
@@ -36,37 +52,35 @@ SHAPES = [(1, 1), (2, 3, 7, 5), (1, 1, 49, 32), (2, 128, 64), (3, 16, 16), (1, 1
 def test_they_are_the_gram_matrix_and_nearly_its_inverse(shape, spread, ridge, width):
     z = landmarks(*shape, spread=spread)
     m = shape[-2]
-    core, system = _native_core.gram_core(z, ridge, **bounds(z))
+    core, system = core_of(z, ridge)
     exact, eye = gaussian_kernel(z.double(), z.double()), torch.eye(m, dtype=torch.float64)
     assert core.shape == system.shape == (*shape[:-1], m)
     # The expansion's exponent is off by some EPS of ‖z‖².
     size = z.square().sum(-1).amax() if z.numel() else 0
     assert torch.equal(system, system.mT)
     assert ((system - (exact + ridge * eye)).abs() <= EPS * (8 * size + 2 + ridge)).all()
-    # What the steps leave, in the norm, and rounding, which meets the condition.
-    left = eye - core.double() @ system.double()
-    tol = bounds(z)["tol"] + 8 * EPS * m**0.5 * (1 + m / ridge)
-    assert (torch.linalg.matrix_norm(left, 2) <= tol).all()
+    left, rounding = tolerance(z)
+    off = torch.linalg.matrix_norm(eye - core.double() @ system.double(), 2)
+    assert (off <= left + rounding * (1 + m / ridge)).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7, 5), (1, 49, 32)], ids=str)
 def test_the_steps_are_those_of_the_plain_way(shape, width):
     z = landmarks(*shape)
-    core, _ = _native_core.gram_core(z, 0.01, **bounds(z))
-    a = _attend.gram(z.double(), XP)
-    known = {"upper": float(shape[-2]), "tol": bounds(z)["tol"]}
-    plain, _ = _definite.scaled_newton(a, ridge=0.01, **known, xp=XP)
+    core, _ = core_of(z, 0.01)
+    known = {"upper": float(shape[-2]), "tol": EPS ** (1 / 3)}
+    plain, _ = _definite.scaled_newton(_attend.gram(z.double(), XP), ridge=0.01, **known, xp=XP)
     # Rounding of P, times ‖M‖², and of each product.
-    assert ((core - plain).abs() < 64 * EPS * shape[-2] / 0.01**2 * 0.01).all()
+    assert ((core - plain).abs() < 64 * EPS * shape[-2] / 0.01).all()
 
 
 def test_an_element_that_is_no_number_or_too_far_out_is_nan():
     z = landmarks(3, 2, 9, 4)
-    clean, _ = _native_core.gram_core(z, 0.01, **bounds(z))
+    clean, _ = core_of(z, 0.01)
     spoilt = z.clone()
     spoilt[1, 0, 3, 2] = torch.nan
     spoilt[2, 1, 5] = torch.inf
-    core, _ = _native_core.gram_core(spoilt, 0.01, **bounds(z))
+    core, _ = core_of(spoilt, 0.01)
     lost = torch.tensor([[False, False], [True, False], [False, True]])
     assert core[lost].isnan().all()
     assert torch.equal(core[~lost], clean[~lost])
@@ -75,7 +89,7 @@ def test_an_element_that_is_no_number_or_too_far_out_is_nan():
 def test_a_matrix_that_is_not_definite_is_nan():
     """Of landmarks far from the origin rounding exceeds the ridge."""
     z = landmarks(1, 30, 4, spread=0.01) + 3e3
-    core, _ = _native_core.gram_core(z, 1e-4, **bounds(z))
+    core, _ = core_of(z, 1e-4)
     assert core.isnan().all()
 
 
@@ -85,7 +99,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     try:
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
-            found.append(_native_core.gram_core(z, 0.01, **bounds(z)))
+            found.append(core_of(z, 0.01))
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, found[0], found[1]))
@@ -93,31 +107,42 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 @pytest.mark.parametrize(
-    ("change", "ridge"),
+    "change",
     [
-        (lambda z: z.double(), 0.01),
-        (lambda z: z.to("meta"), 0.01),
-        (lambda z: z.repeat(1, 15, 1)[:, :129], 0.01),
-        (lambda z: z[:, :0], 0.01),
-        (lambda z: z[..., :0], 0.01),
-        (lambda z: z, 1e-39),
+        lambda z: z.double(),
+        lambda z: z.to("meta"),
+        lambda z: z.repeat(1, 15, 1)[:, :129],
+        lambda z: z[:, :0],
+        lambda z: z[..., :0],
     ],
-    ids=["float64", "meta", "many", "none", "no features", "no ridge"],
+    ids=["float64", "meta", "many", "none", "no features"],
 )
-def test_whom_they_do_not_serve(change, ridge):
+def test_whom_they_do_not_serve(change):
     z = landmarks(2, 9, 4)
-    assert _native_core.applies(z, 0.01)
-    assert not _native_core.applies(change(z), ridge)
+    assert _native_core.applies(z)
+    assert not _native_core.applies(change(z))
+
+
+def test_a_ridge_whose_inverse_overflows_leaves_nan():
+    a, _ = _native_core.gram(landmarks(2, 9, 4), 0.01)
+    assert pinv_newton(a, hermitian=True, ridge=1e-39, upper=9.0, tol=0.01).isnan().all()
 
 
 @pytest.mark.parametrize("method", ["newton", "direct"])
-def test_attention_asks_them_for_newton_alone(method, monkeypatch):
+def test_attention_asks_them_through_pinv_newton(method, monkeypatch):
     asked = []
-    real = _native_core.gram_core
-    monkeypatch.setattr(_native_core, "gram_core", lambda *a, **b: asked.append(a) or real(*a, **b))
+    for name in ("gram", "inverse"):
+        real = getattr(_native_core, name)
+        monkeypatch.setattr(
+            _native_core, name, lambda *a, _of=(name, real), **b: asked.append(_of[0]) or _of[1](*a, **b)
+        )
     q, z = landmarks(2, 50, 4), landmarks(2, 9, 4, seed=1)
     found = softmax_free_attention(q, q, z, method=method)
-    assert len(asked) == (method == "newton")
+    assert asked == (["gram", "inverse"] if method == "newton" else ["gram"])
+    with monkeypatch.context() as other:
+        other.setattr(pinv, "pinv_newton", lambda a, **_: torch.zeros_like(a))
+        softmax_free_attention(q, q, z)
+    assert asked.count("inverse") == (method == "newton")
     monkeypatch.setattr(_native, "is_built", lambda: False)
     plain = softmax_free_attention(q, q, z, method=method)
     # Sums of 50 terms, and the condition of P, 1 + 9/0.01 at the most, in what follows from them.
