@@ -55,8 +55,15 @@ def serve(*arrays: Tensor) -> bool:
     return on_cpu and (team() is not None or torch.get_num_threads() == 1)
 
 
-def run(name: str, task: ctypes.Structure, what: int) -> None:
-    """The function of that name of the kernels, on the threads of torch."""
+def packed(x: Tensor) -> Tensor:
+    """x with its numbers in a row in memory, as they are."""
+    return x.resolve_neg().contiguous()
+
+
+def run(name: str, task: ctypes.Structure, what: int, arrays: dict[str, Tensor] | None = None) -> None:
+    """The function of that name of the kernels, on the threads of torch, the task pointing to ``arrays`` too."""
+    for field, x in (arrays or {}).items():
+        setattr(task, field, x.data_ptr())
     threads = torch.get_num_threads()
     together = team() if threads > 1 else None
     if getattr(kernels(), name)(ctypes.byref(task), what, lanes(), ctypes.c_long(threads), together):

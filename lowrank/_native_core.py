@@ -39,7 +39,7 @@ def gram(z: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     *batch, m, d = z.shape
     a, system = (z.new_empty(*batch, m, m) for _ in range(2))
     task = Task(elements=z.numel() // (m * d), m=m, d=d, ridge=ridge)
-    _run(task, GRAM, z=z.resolve_neg().contiguous(), a=a, system=system)
+    _native.run("lowrank_core", task, GRAM, {"z": _native.packed(z), "a": a, "system": system})
     return a, system
 
 
@@ -52,11 +52,5 @@ def inverse(
     task = Task(elements=a.numel() // (m * m), m=m, count=len(powers), probed=len(probes))
     task.ridge, task.scale, task.most = ridge, scale, most
     task.steps, task.probes = powers.ctypes.data, probes.ctypes.data
-    _run(task, INVERT, a=a.resolve_neg().contiguous(), inverse=x, valid=valid)
+    _native.run("lowrank_core", task, INVERT, {"a": _native.packed(a), "inverse": x, "valid": valid})
     return x, valid
-
-
-def _run(task: Task, what: int, **arrays: Tensor) -> None:
-    for name, x in arrays.items():
-        setattr(task, name, x.data_ptr())
-    _native.run("lowrank_core", task, what)

@@ -1,8 +1,8 @@
-/* Softmax-free attention on a CPU, and the MLP that follows it in a transformer, in float.
+/* On a CPU and in float: softmax-free attention, its core, Newton's steps, and the MLP that follows in a transformer.
 
 Points or tokens are taken BLOCK at a time, all of a block being in the nearer caches, and sums over them are of BLOCK
 terms each, which are summed in turn. What is a unit of work does not depend on the number of threads, and so neither do
-the results. What is computed is in _native_core.h, _native_attention.h and _native_mlp.h, X' being the transpose of X. */
+the results. What is computed is in the headers, X' being the transpose of X. */
 
 #include <math.h>
 #include <stdint.h>

@@ -48,11 +48,9 @@ def activates(u: Tensor) -> bool:
 def gelu(u: Tensor, g: Tensor | None = None) -> Tensor:
     """GELU(u), or the cotangent of u for that of GELU(u), g."""
     out = u.new_empty(u.shape)
-    u, g = (x if x is None else x.resolve_neg().contiguous() for x in (u, g))
-    task = Activation(count=u.numel(), half=u.dtype == torch.bfloat16, u=u.data_ptr(), out=out.data_ptr())
-    if g is not None:
-        task.g = g.data_ptr()
-    _native.run("lowrank_gelu", task, g is not None)
+    arrays = {"u": _native.packed(u), "out": out} | ({} if g is None else {"g": _native.packed(g)})
+    task = Activation(count=u.numel(), half=u.dtype == torch.bfloat16)
+    _native.run("lowrank_gelu", task, g is not None, arrays)
     return out
 
 
@@ -92,7 +90,5 @@ def backward(
 def _run(given: dict[str, Tensor], made: dict[str, Tensor], *, back: bool, residual: bool, blocks: int = 0) -> None:
     (hidden, width), rows = given["w1"].shape, given["x"].shape[:-1].numel()
     task = Task(rows=rows, width=width, hidden=hidden, residual=residual, blocks=blocks)
-    arrays = {name: x.resolve_neg().contiguous() for name, x in given.items()} | made
-    for name, x in arrays.items():
-        setattr(task, name, x.data_ptr())
-    _native.run("lowrank_mlp", task, back)
+    arrays = {name: _native.packed(x) for name, x in given.items()} | made
+    _native.run("lowrank_mlp", task, back, arrays)

@@ -50,7 +50,5 @@ def cotangents(x: Tensor, a: Tensor, g: Tensor, count: int) -> tuple[Tensor, Ten
 def _run(given: dict[str, Tensor], found: dict[str, Tensor], what: int, count: int) -> None:
     m = given["a"].shape[-1]
     task = Task(elements=given["a"].numel() // (m * m), m=m, count=count)
-    arrays = {name: y.resolve_neg().contiguous() for name, y in given.items()} | found
-    for name, y in arrays.items():
-        setattr(task, name, y.data_ptr())
-    _native.run("lowrank_newton", task, what)
+    arrays = {name: _native.packed(y) for name, y in given.items()} | found
+    _native.run("lowrank_newton", task, what, arrays)

@@ -107,3 +107,13 @@ def gaussian_gram(points: np.ndarray, lengthscale: float = 1.0) -> np.ndarray:
     points = np.asarray(points, dtype=np.float64)
     d2 = np.sum((points[..., :, None, :] - points[..., None, :, :]) ** 2, axis=-1)
     return np.exp(-0.5 * d2 / lengthscale**2)
+
+
+@pytest.fixture(params=[4, 8, 16], ids=str)
+def width(request, monkeypatch):
+    """Floats in a vector of the compiled kernels: what this processor has, and what smaller ones have."""
+    from lowrank import _native
+
+    if request.param > _native.lanes():
+        pytest.skip("this processor's vectors are shorter")
+    monkeypatch.setattr(_native, "lanes", lambda: request.param)

@@ -23,3 +23,9 @@ def test_structures_have_the_same_fields_in_the_same_order(name):
     names = [name for line in body.strip().split(";") for name in line.replace("*", " ").replace(",", " ").split()]
     declared = [name for name in names if name not in ("int64_t", "const", "float", "void", "char")]
     assert declared == [name for name, _ in STRUCTURES[name]._fields_]
+
+
+@pytest.mark.parametrize("name", ["PANEL", "BLOCK"])
+def test_sizes_are_the_same(name):
+    text = Path(_native.__file__).with_name("_native_kernels.c").read_text()
+    assert f"#define {name} {getattr(_native_mlp, name)}\n" in text

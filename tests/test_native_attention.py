@@ -12,13 +12,6 @@ from lowrank._attend import Factor
 pytestmark = pytest.mark.skipif(not _native.is_built(), reason="no C compiler was found when lowrank was installed")
 EPS = 2.0**-23
 XP = array_api_compat.array_namespace(torch.zeros(1))
-WIDTHS = [k for k in (4, 8, 16) if _native.is_built() and k <= _native.lanes()]
-
-
-@pytest.fixture(params=WIDTHS, ids=str)
-def width(request, monkeypatch):
-    """Floats in a vector: what this processor has, and what smaller ones have."""
-    monkeypatch.setattr(_native, "lanes", lambda: request.param)
 
 
 @pytest.fixture(params=[0, 2**62], ids=["chunks", "whole"])

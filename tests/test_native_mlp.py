@@ -11,13 +11,6 @@ from lowrank import _native, _native_mlp
 
 pytestmark = pytest.mark.skipif(not _native.is_built(), reason="no C compiler was found when lowrank was installed")
 EPS = 2.0**-23
-WIDTHS = [k for k in (4, 8, 16) if _native.is_built() and k <= _native.lanes()]
-
-
-@pytest.fixture(params=WIDTHS, ids=str)
-def width(request, monkeypatch):
-    """Floats in a vector: what this processor has, and what smaller ones have."""
-    monkeypatch.setattr(_native, "lanes", lambda: request.param)
 
 
 def normal(seed, *shape):

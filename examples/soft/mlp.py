@@ -111,6 +111,8 @@ if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise n
 
 
 class _CompiledGelu(torch.autograd.Function):
+    """GELU(u), the one with a tanh."""
+
     @staticmethod
     def forward(ctx, u):
         ctx.save_for_backward(u)
