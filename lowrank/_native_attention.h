@@ -37,13 +37,13 @@ TARGET static void NAME(write)(const struct rows *x, struct place p, long width,
 
 /* Cw to rows of an array, for C transposed, (m, BLOCK), and w (m, width) in padded rows. */
 TARGET static void NAME(apply)(const struct rows *x, struct place p, long width, long m, const float *c, const float *w,
-                               float *room)
+                               int how, float *room)
 {
     const long stride = PADDED(width);
     if (!x->half && width == stride)
-        NAME(product)(p.count, stride, m, c, 1, BLOCK, w, stride, row_of(x, p), x->of_row, 0);
+        NAME(product)(p.count, stride, m, c, 1, BLOCK, w, stride, row_of(x, p), x->of_row, how);
     else {
-        NAME(product)(p.count, stride, m, c, 1, BLOCK, w, stride, room, stride, 0);
+        NAME(product)(p.count, stride, m, c, 1, BLOCK, w, stride, room, stride, SETS);
         NAME(write)(x, p, width, room);
     }
 }
@@ -69,12 +69,16 @@ TARGET static void NAME(less_points)(const struct attention *t, struct place p, 
     const long d = t->d, stride = PADDED(d);
     const struct rows *out = &t->q_bar;
     float *at = row_of(out, p);
-    const int direct = !out->half;
-    for (long i = 0; i < p.count; i++, x += stride) {
-        float *from = hz + i * stride, *to = direct ? at + i * out->of_row : from;
-        for (long k = 0; k < d; k++) to[k] = t->scale * (from[k] - of_rows[i] * x[k]);
+    const int direct = !out->half, streams = way_of(out, t, d) == STREAMS;
+    for (long i = 0; i < p.count; i++, x += stride, hz += stride) {
+        float *to = direct ? at + i * out->of_row : hz;
+        if (streams)
+            for (long k = 0; k < d; k += LANES)
+                NAME(stream)(to + k, t->scale * (*(vec *)(hz + k) - of_rows[i] * *(const vec *)(x + k)));
+        else
+            for (long k = 0; k < d; k++) to[k] = t->scale * (hz[k] - of_rows[i] * x[k]);
     }
-    if (!direct) NAME(write)(out, p, d, hz);
+    if (!direct) NAME(write)(out, p, d, hz - p.count * stride);
 }
 
 /* Landmarks of an element, in padded rows, and |z|^2/2; and whether one is so far out that care is needed. */
@@ -110,7 +114,7 @@ TARGET static void NAME(gaussians)(const struct attention *t, int what, const st
         *(vec *)(half_x + r) = sum * 0.5f;
     }
     for (long r = 0; r < width; r++) careful |= !(half_x[r] < FAR);
-    NAME(product)(t->m, width, t->d, y->z, PADDED(t->d), 1, x, BLOCK, c, BLOCK, 0);
+    NAME(product)(t->m, width, t->d, y->z, PADDED(t->d), 1, x, BLOCK, c, BLOCK, SETS);
     for (long j = 0; j < t->m; j++, c += BLOCK) {
         if (what != COTANGENTS) fetch(t, what, next, j, t->m);
         if (careful)
@@ -127,11 +131,11 @@ TARGET static void NAME(solve)(const struct attention *t, long element, const fl
 {
     const long m = t->m, E = PADDED(t->e), along = t->transposed_core ? 1 : m;
     const float *core = t->core + element * m * m, *system = t->corrections ? t->system + element * m * m : 0;
-    NAME(product)(m, E, m, core, along, m + 1 - along, b, E, w, E, 0);
+    NAME(product)(m, E, m, core, along, m + 1 - along, b, E, w, E, SETS);
     for (long i = 0; i < t->corrections; i++) {
-        NAME(product)(m, E, m, system, m, 1, w, E, room, E, 0);
+        NAME(product)(m, E, m, system, m, 1, w, E, room, E, SETS);
         for (long k = 0; k < m * E; k++) room[k] = b[k] - room[k];
-        NAME(product)(m, E, m, core, along, m + 1 - along, room, E, w, E, 1);
+        NAME(product)(m, E, m, core, along, m + 1 - along, room, E, w, E, ADDS);
     }
 }
 
@@ -155,24 +159,24 @@ TARGET static void NAME(pass)(const struct attention *t, int what, long element,
         }
         if (what == SUMS) {
             const struct block v = NAME(read)(&t->summed, p, e, v_room);
-            NAME(product)(m, E, p.count, c, BLOCK, 1, v.at, v.stride, of_block, E, 0);
+            NAME(product)(m, E, p.count, c, BLOCK, 1, v.at, v.stride, of_block, E, SETS);
             NAME(accumulate)(m * E, of_block, sums);
         } else if (what == PRODUCT)
-            NAME(apply)(&t->out, p, e, m, c, w, out);
+            NAME(apply)(&t->out, p, e, m, c, w, SETS, out);
         else {
             float of_rows[BLOCK] = {0};
-            NAME(apply)(&t->v_bar, p, e, m, c, s, out);
+            NAME(apply)(&t->v_bar, p, e, m, c, s, way_of(&t->v_bar, t, e), out);
             NAME(transpose)(p.count, E, NAME(read)(&t->v, p, e, v_room), v_t);
             NAME(transpose)(p.count, E, NAME(read)(&t->g, p, e, g_room), g_t);
-            NAME(product)(m, PADDED(p.count), e, w, E, 1, g_t, BLOCK, h, BLOCK, 0);
-            NAME(product)(m, PADDED(p.count), e, s, E, 1, v_t, BLOCK, h, BLOCK, 1);
+            NAME(product)(m, PADDED(p.count), e, w, E, 1, g_t, BLOCK, h, BLOCK, SETS);
+            NAME(product)(m, PADDED(p.count), e, s, E, 1, v_t, BLOCK, h, BLOCK, ADDS);
             for (long j = 0; j < m; j++) {
                 fetch(t, what, next, j, m);
                 for (long i = 0; i < p.count; i++) of_rows[i] += h[j * BLOCK + i] *= c[j * BLOCK + i];
             }
-            NAME(product)(m, D, p.count, h, BLOCK, 1, x, D, of_block, D, 0);
+            NAME(product)(m, D, p.count, h, BLOCK, 1, x, D, of_block, D, SETS);
             NAME(accumulate)(m * D, of_block, sums);
-            NAME(product)(p.count, D, m, h, 1, BLOCK, y->z, D, out, D, 0);
+            NAME(product)(p.count, D, m, h, 1, BLOCK, y->z, D, out, D, SETS);
             NAME(less_points)(t, p, of_rows, x, out);
         }
     }
@@ -198,13 +202,13 @@ TARGET static void NAME(landmark_cotangents)(const struct attention *t, long ele
                 w_t[k * S + j] = j < m ? w[j * E + k] : 0;
                 s_t[k * S + j] = j < m ? s[j * E + k] : 0;
             }
-        NAME(product)(m, S, e, s, E, 1, w_t, S, g, S, 0);
-        NAME(product)(m, S, e, w, E, 1, s_t, S, g, S, 1);
+        NAME(product)(m, S, e, s, E, 1, w_t, S, g, S, SETS);
+        NAME(product)(m, S, e, w, E, 1, s_t, S, g, S, ADDS);
         for (long i = 0; i < m; i++) {
             g[i * S + i] = 0;
             for (long j = 0; j < m; j++) sums[i] += g[i * S + j] *= -system[i * m + j];
         }
-        NAME(product)(m, D, m, g, S, 1, y->z, D, z_bar, D, 1);
+        NAME(product)(m, D, m, g, S, 1, y->z, D, z_bar, D, ADDS);
     }
     for (long j = 0; j < m; j++)
         for (long k = 0; k < d; k++) z_bar[j * D + k] = t->scale * (z_bar[j * D + k] - sums[j] * y->z[j * D + k]);

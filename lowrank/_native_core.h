@@ -5,10 +5,10 @@ inverse of P by the steps of _definite.py, whose formulas these are. */
 TARGET static void NAME(step)(long m, const float *c, const float *p, float *x, float *e, float *g)
 {
     const long S = PADDED(m);
-    NAME(product)(m, S, m, x, S, 1, p, S, e, S, 0);
-    if (c[2] != 0) NAME(product)(m, S, m, e, S, 1, e, S, g, S, 0);
+    NAME(product)(m, S, m, x, S, 1, p, S, e, S, SETS);
+    if (c[2] != 0) NAME(product)(m, S, m, e, S, 1, e, S, g, S, SETS);
     for (long i = 0; i < m * S; i++) g[i] = c[2] != 0 ? c[1] * e[i] + c[2] * g[i] : c[1] * e[i];
-    NAME(product)(m, S, m, g, S, 1, x, S, e, S, 0);
+    NAME(product)(m, S, m, g, S, 1, x, S, e, S, SETS);
     for (long i = 0; i < m * S; i++) x[i] = c[0] * x[i] + e[i];
 }
 
@@ -17,8 +17,8 @@ TARGET static float NAME(missed)(const struct core *t, const float *p, const flo
 {
     const long m = t->m, S = PADDED(m), k = t->probed;
     float *image = TAKE(k * S), *twice = TAKE(k * S), sum = 0;
-    NAME(product)(k, S, m, t->probes, m, 1, x, S, image, S, 0);
-    NAME(product)(k, S, m, image, S, 1, p, S, twice, S, 0);
+    NAME(product)(k, S, m, t->probes, m, 1, x, S, image, S, SETS);
+    NAME(product)(k, S, m, image, S, 1, p, S, twice, S, SETS);
     for (long i = 0; i < k; i++)
         for (long j = 0; j < m; j++) {
             const float gap = twice[i * S + j] - t->probes[i * m + j];
@@ -36,7 +36,7 @@ TARGET static void NAME(gram)(const struct core *t, long item, float *room)
     for (long k = 0; k < d; k++)
         for (long j = 0; j < S; j++) z_t[k * S + j] = j < m ? z[j * D + k] : 0;
     /* The squares are the product's own, which makes k(z, z) = 1. */
-    NAME(product)(m, S, d, z, D, 1, z_t, S, a, S, 0);
+    NAME(product)(m, S, d, z, D, 1, z_t, S, a, S, SETS);
     for (long j = 0; j < S; j++) half[j] = j < m ? 0.5f * a[j * S + j] : 0;
     for (long i = 0; i < m; i++)
         for (long j = 0; j < S; j += LANES) {
@@ -58,7 +58,7 @@ TARGET static void NAME(invert)(const struct core *t, long item, float *room)
     for (long i = 0; i < m; i++) p[i * S + i] += t->scale * t->ridge;
     /* The first step starts from a multiple of I, and so is in powers of P. */
     const float *c = t->steps;
-    if (c[2] != 0) NAME(product)(m, S, m, p, S, 1, p, S, e, S, 0);
+    if (c[2] != 0) NAME(product)(m, S, m, p, S, 1, p, S, e, S, SETS);
     for (long i = 0; i < m * S; i++) x[i] = c[2] != 0 ? c[1] * p[i] + c[2] * e[i] : c[1] * p[i];
     for (long i = 0; i < m; i++) x[i * S + i] += c[0];
     for (long k = 1; k < t->count; k++) NAME(step)(m, c + 3 * k, p, x, e, g);

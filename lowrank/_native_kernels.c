@@ -18,6 +18,9 @@ the results. What is computed is in the headers, X' being the transpose of X. */
 #define SPAN (1 << 14)
 /* Terms of a product that are taken together. */
 #define DEEP 192
+/* Bytes of a line of the caches, and numbers of an array that is stored past them. */
+#define LINE 64
+#define STREAMED (1 << 18)
 /* Multiplications that are worth another thread: some microseconds of one. */
 #define GRAIN (1 << 19)
 /* Of exponents: what is below is taken for 0, as processors are slow with products below the smallest normal number. */
@@ -40,6 +43,12 @@ the results. What is computed is in the headers, X' being the transpose of X. */
 #define PADDED(n) (((n) + 15) / 16 * 16)
 /* From one row of a large matrix to the next, so that rows do not compete for the same places in a cache. */
 #define APART(n) ((n) + 16)
+/* What was stored past the caches is to be seen by other threads. */
+#if defined(__x86_64__)
+#define FENCE __builtin_ia32_sfence()
+#else
+#define FENCE __atomic_thread_fence(__ATOMIC_RELEASE)
+#endif
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))
 #define MOST(a, b) ((a) > (b) ? (a) : (b))
 #define TAKE(size) (room += PADDED(size), room - PADDED(size))
@@ -167,6 +176,17 @@ static inline uint16_t to_bfloat16(float f)
     return (y & 0x7fffffff) > 0x7f800000 ? y >> 16 | 0x40 : (y + 0x7fff + (y >> 16 & 1)) >> 16;
 }
 
+/* What becomes of a product: it is stored, or added to what is there, or stored past the caches. */
+enum { SETS, ADDS, STREAMS };
+
+/* How a cotangent of attention is stored: a large one past the caches, which are for what is read twice, if its rows are
+   whole lines of them. The output is not: what comes next reads it. */
+static int way_of(const struct rows *x, const struct attention *t, long width)
+{
+    const size_t all = (size_t)x->at | (x->of_batch | x->of_head | x->of_row | width) * sizeof(float);
+    return !x->half && all % LINE == 0 && t->elements * t->n * width >= STREAMED ? STREAMS : SETS;
+}
+
 static int is_whole(int what) { return what == FORWARD || what == BACKWARD; }
 
 /* How many numbers one thread needs to work: all that NAME(attend) and what it calls take. */
@@ -181,6 +201,7 @@ static size_t room_of(const struct attention *t, int what)
 #if defined(__x86_64__)
 #define LANES 16
 #define TALL 12
+#define STREAM __builtin_ia32_movntps512
 #define NAME(x) x##_16
 #if defined(__clang__)
 #define TARGET __attribute__((target("avx512f"), min_vector_width(512)))
@@ -193,6 +214,7 @@ static size_t room_of(const struct attention *t, int what)
 
 #define LANES 8
 #define TALL 4
+#define STREAM __builtin_ia32_movntps256
 #define NAME(x) x##_8
 #define TARGET __attribute__((target("avx2,fma")))
 #define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
@@ -202,6 +224,9 @@ static size_t room_of(const struct attention *t, int what)
 
 #define LANES 4
 #define TALL 4
+#if defined(__x86_64__)
+#define STREAM __builtin_ia32_movntps
+#endif
 #define NAME(x) x##_4
 #define TARGET
 #define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
@@ -246,6 +271,7 @@ static void member(void *arg)
     if (!room) return;
     for (long i; (i = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED)) < team->items;)
         team->work(team->task, team->what, i, room);
+    FENCE;
     free(room);
 }
 

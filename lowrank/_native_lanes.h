@@ -4,14 +4,27 @@
 typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t NAME(bits) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t NAME(ubits) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float NAME(aligned) __attribute__((vector_size(4 * LANES), may_alias));
 #define vec NAME(vec)
 #define bits NAME(bits)
 #define ubits NAME(ubits)
 
-/* O[i, n] = sum over k < K of A[i*si + k*sk] B[k*sb + n], which is added to what was there if add, for i < I and
-   n < V*LANES: a tile that stays in the registers. */
+/* To memory past the caches, where it is aligned: what was there is not read, and nothing makes room for it. */
+INLINE TARGET void NAME(stream)(float *to, vec x)
+{
+#if defined(__clang__)
+    __builtin_nontemporal_store((NAME(aligned))x, (NAME(aligned) *)to);
+#elif defined(STREAM)
+    STREAM(to, (NAME(aligned))x);
+#else
+    *(vec *)to = x;
+#endif
+}
+
+/* O[i, n] = sum over k < K of A[i*si + k*sk] B[k*sb + n], for i < I and n < V*LANES, a tile that stays in the registers,
+   or what this ADDs to what was there, or STREAMS past it. */
 INLINE TARGET void NAME(tile)(int I, int V, long K, const float *A, long si, long sk, const float *B, long sb, float *O,
-                              long so, int add)
+                              long so, int how)
 {
     vec o[TALL][2], b[2];
     UNROLL for (int i = 0; i < I; i++)
@@ -23,23 +36,27 @@ INLINE TARGET void NAME(tile)(int I, int V, long K, const float *A, long si, lon
             UNROLL for (int v = 0; v < V; v++) o[i][v] += a * b[v];
         }
     }
-    UNROLL for (int i = 0; i < I; i++)
-        UNROLL for (int v = 0; v < V; v++) {
-            vec *to = (vec *)(O + i * so + v * LANES);
-            if (add) o[i][v] += *to;
-            *to = o[i][v];
-        }
+    if (how == STREAMS)
+        UNROLL for (int i = 0; i < I; i++)
+            UNROLL for (int v = 0; v < V; v++) NAME(stream)(O + i * so + v * LANES, o[i][v]);
+    else
+        UNROLL for (int i = 0; i < I; i++)
+            UNROLL for (int v = 0; v < V; v++) {
+                vec *to = (vec *)(O + i * so + v * LANES);
+                if (how == ADDS) o[i][v] += *to;
+                *to = o[i][v];
+            }
 }
 
 /* The same of M rows. */
 INLINE TARGET void NAME(tiles)(long M, int V, long K, const float *A, long si, long sk, const float *B, long sb, float *O,
-                               long so, int add)
+                               long so, int how)
 {
     const long strips = (M + TALL - 1) / TALL;
     for (long s = 0, i = 0, tall; s < strips; s++, i += tall) {
         tall = (M - i + strips - s - 1) / (strips - s);
         switch (tall) {
-#define CASE(I) case I: NAME(tile)(I, V, K, A + i * si, si, sk, B, sb, O + i * so, so, add); break;
+#define CASE(I) case I: NAME(tile)(I, V, K, A + i * si, si, sk, B, sb, O + i * so, so, how); break;
             CASE(1) CASE(2) CASE(3) CASE(4)
 #if TALL > 4
             CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
@@ -50,20 +67,21 @@ INLINE TARGET void NAME(tiles)(long M, int V, long K, const float *A, long si, l
 }
 
 /* The same of N columns, N a multiple of LANES. Of a long sum DEEP terms are taken for all rows, and then the next: what
-   they need of B stays in the nearest cache. */
+   they need of B stays in the nearest cache, and such sums do not stream. */
 TARGET static void NAME(product)(long M, long N, long K, const float *A, long si, long sk, const float *B, long sb,
-                                 float *O, long so, int add)
+                                 float *O, long so, int how)
 {
     const long parts = MOST(1, (K + DEEP - 1) / DEEP);
     for (long n = 0, wide; n < N; n += wide) {
         wide = N - n >= 2 * LANES ? 2 * LANES : LANES;
         for (long part = 0; part < parts; part++) {
             const long k = K * part / parts, deep = K * (part + 1) / parts - k;
+            const int now = part ? ADDS : parts > 1 && how == STREAMS ? SETS : how;
             const float *a = A + k * sk, *b = B + k * sb + n;
             if (wide > LANES)
-                NAME(tiles)(M, 2, deep, a, si, sk, b, sb, O + n, so, add || part);
+                NAME(tiles)(M, 2, deep, a, si, sk, b, sb, O + n, so, now);
             else
-                NAME(tiles)(M, 1, deep, a, si, sk, b, sb, O + n, so, add || part);
+                NAME(tiles)(M, 1, deep, a, si, sk, b, sb, O + n, so, now);
         }
     }
 }
@@ -145,3 +163,4 @@ TARGET static void NAME(accumulate)(long n, const float *x, float *sums)
 #undef TALL
 #undef ZIP_LOW
 #undef ZIP_HIGH
+#undef STREAM

@@ -82,7 +82,7 @@ TARGET static void NAME(mlp_forward)(const struct mlp *t, long first, long count
     float *out = t->out + first * c, *u = TAKE(BLOCK * PANEL), *h = TAKE(BLOCK * stride);
     vec slope;
     for (long j = 0; j < f; j += PANEL) {
-        NAME(product)(count, PANEL, c, x, c, 1, t->w1_rows + j * c, PANEL, u, PANEL, 0);
+        NAME(product)(count, PANEL, c, x, c, 1, t->w1_rows + j * c, PANEL, u, PANEL, SETS);
         for (long i = 0; i < count; i++)
             for (long k = 0; k < PANEL; k += LANES)
                 *(vec *)(h + i * stride + j + k) =
@@ -91,7 +91,7 @@ TARGET static void NAME(mlp_forward)(const struct mlp *t, long first, long count
     for (long i = 0; i < count; i++)
         for (long k = 0; k < c; k++) out[i * c + k] = t->residual ? t->b2[k] + x[i * c + k] : t->b2[k];
     for (long j = 0; j < c; j += PANEL)
-        NAME(product)(count, PANEL, f, h, stride, 1, t->w2_rows + j * f, PANEL, out + j, c, 1);
+        NAME(product)(count, PANEL, f, h, stride, 1, t->w2_rows + j * f, PANEL, out + j, c, ADDS);
 }
 
 /* x_bar of some rows, which are a block of a chunk, and what the gradients of the weights are products with: the hidden
@@ -103,8 +103,8 @@ TARGET static void NAME(mlp_rows)(const struct mlp *t, long block, long first, l
     float *u = TAKE(BLOCK * PANEL), *h_bar = TAKE(BLOCK * PANEL), *rows = TAKE(BLOCK * stride);
     float *h = t->h + block * BLOCK * f, *u_bar = t->u_bar + block * BLOCK * f, *x_bar = t->x_bar + first * c;
     for (long j = 0; j < f; j += PANEL, h += BLOCK * PANEL, u_bar += BLOCK * PANEL) {
-        NAME(product)(count, PANEL, c, x, c, 1, t->w1_rows + j * c, PANEL, u, PANEL, 0);
-        NAME(product)(count, PANEL, c, g, c, 1, t->w2_columns + j * c, PANEL, h_bar, PANEL, 0);
+        NAME(product)(count, PANEL, c, x, c, 1, t->w1_rows + j * c, PANEL, u, PANEL, SETS);
+        NAME(product)(count, PANEL, c, g, c, 1, t->w2_columns + j * c, PANEL, h_bar, PANEL, SETS);
         for (long k = 0; k < PANEL; k += LANES) {
             const vec b = *(const vec *)(t->b1 + j + k);
             vec sum = {0}, slope;
@@ -119,7 +119,7 @@ TARGET static void NAME(mlp_rows)(const struct mlp *t, long block, long first, l
         }
     }
     for (long j = 0; j < c; j += PANEL)
-        NAME(product)(count, PANEL, f, rows, stride, 1, t->w1_columns + j * f, PANEL, x_bar + j, c, 0);
+        NAME(product)(count, PANEL, f, rows, stride, 1, t->w1_columns + j * f, PANEL, x_bar + j, c, SETS);
     if (t->residual) NAME(accumulate)(count * c, g, x_bar);
 }
 
@@ -129,8 +129,8 @@ TARGET static void NAME(mlp_weights)(const struct mlp *t, long panel)
     const long c = t->width, f = t->hidden, j = panel * PANEL;
     for (long r = t->first, block = 0; r < t->last; r += BLOCK, block++) {
         const long count = LEAST(BLOCK, t->last - r), at = (block * f + j) * BLOCK;
-        NAME(product)(PANEL, c, count, t->u_bar + at, 1, PANEL, t->x + r * c, c, t->w1_bar + j * c, c, r > 0);
-        NAME(product)(c, PANEL, count, t->g + r * c, 1, c, t->h + at, PANEL, t->w2_bar + j, f, r > 0);
+        NAME(product)(PANEL, c, count, t->u_bar + at, 1, PANEL, t->x + r * c, c, t->w1_bar + j * c, c, r > 0 ? ADDS : SETS);
+        NAME(product)(c, PANEL, count, t->g + r * c, 1, c, t->h + at, PANEL, t->w2_bar + j, f, r > 0 ? ADDS : SETS);
         for (long k = j; k < j + PANEL; k++) t->b1_bar[k] = (r > 0 ? t->b1_bar[k] : 0) + t->sums[block * f + k];
     }
 }

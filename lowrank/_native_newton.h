@@ -5,8 +5,8 @@ steps of a matrix in one call, in the nearer caches, those of the way back from 
 TARGET static void NAME(textbook_step)(long m, const float *x, const float *a, float *e, float *next)
 {
     const long S = PADDED(m);
-    NAME(product)(m, S, m, x, S, 1, a, S, e, S, 0);
-    NAME(product)(m, S, m, e, S, 1, x, S, next, S, 0);
+    NAME(product)(m, S, m, x, S, 1, a, S, e, S, SETS);
+    NAME(product)(m, S, m, e, S, 1, x, S, next, S, SETS);
     for (long i = 0; i < m * S; i++) next[i] = 2 * x[i] - next[i];
 }
 
@@ -33,10 +33,10 @@ TARGET static void NAME(steps_back)(const struct newton *t, const float *a, cons
     for (long i = 0; i < n; i++) g[i] = fabsf(g[i] / scale) < TINY ? 0 : g[i] / scale;
     for (long k = t->count - 1; k >= 0; k--) {
         NAME(transpose)(m, S, (struct block){x + k * n, S}, x_t);
-        NAME(product)(m, S, m, g, S, 1, x_t, BLOCK, h, S, 0);
-        NAME(product)(m, S, m, x + k * n, 1, S, h, S, a_bar, S, 1);
-        NAME(product)(m, S, m, e + k * n, 1, S, g, S, next, S, 0);
-        NAME(product)(m, S, m, h, S, 1, a_t, BLOCK, next, S, 1);
+        NAME(product)(m, S, m, g, S, 1, x_t, BLOCK, h, S, SETS);
+        NAME(product)(m, S, m, x + k * n, 1, S, h, S, a_bar, S, ADDS);
+        NAME(product)(m, S, m, e + k * n, 1, S, g, S, next, S, SETS);
+        NAME(product)(m, S, m, h, S, 1, a_t, BLOCK, next, S, ADDS);
         for (long i = 0; i < n; i++) {
             const float of_x = 2 * g[i] - next[i];
             g[i] = fabsf(of_x) < TINY ? 0 : of_x;

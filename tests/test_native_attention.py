@@ -114,6 +114,22 @@ def test_results_have_the_strides_of_their_arguments():
     assert (out.stride(), q_bar.stride(), v_bar.stride()) == (v.stride(), q.stride(), v.stride())
 
 
+@pytest.mark.parametrize("d", [16, 20, 32])
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_large_cotangents_are_those_of_their_elements(d, of_tokens, width, entries):
+    """They are stored past the caches where rows are whole lines of them, those of 20 numbers are not."""
+    given = arrays((2, 6), 1500, 7, d, 32)
+    if of_tokens:
+        given = tuple(x if x is None else x.transpose(1, 2).contiguous().transpose(1, 2) for x in given)
+    assert_right(given, 1500 * 7)
+    of_all = there_and_back(_native_attention, *given)
+    for i in range(2):
+        for k in range(6):
+            alone = there_and_back(_native_attention, *(x[i : i + 1, k : k + 1] for x in given))
+            for x, y in zip(of_all, alone, strict=True):
+                assert torch.equal(x[i, k], y[0, 0])
+
+
 @pytest.mark.parametrize("halves", [(0,), (2, 6), (0, 2, 6)], ids=str)
 @pytest.mark.parametrize("e", [4, 16])
 def test_half_precision_is_rounded_at_the_end_alone(halves, e, width, entries):
