@@ -41,6 +41,7 @@ from lowrank._array import (
     solve_cholesky,
     stacked_product,
     transposed_copy,
+    widest_real,
 )
 from lowrank.kernels import _expanded_squared_distances, _slices
 
@@ -77,13 +78,24 @@ def plain(
 
 
 def applied(core: Array | Factor, system: Array | None, sigma: Array, xp: Namespace) -> Array:
-    """w = Mσ, or, with P, the solution of P w = σ that M leads to, in the values and not in the derivative."""
-    if isinstance(core, Factor):
-        return core @ sigma
-    w = stacked_product(core, sigma, xp)
-    for _ in range(0 if system is None else CORRECTIONS):
-        w = add_product(w, core, add_product(sigma, system, w, xp, alpha=-1.0), xp)
+    """w = Mσ, or, with P, the solution of P w = σ that M leads to, in the values and not in the derivative.
+
+    What is missing is at last computed in double precision: of singular directions w is the larger the less of σ there
+    is in them, and rounding of the sums P w would be in all.
+    """
+    multiplied = _solved if isinstance(core, Factor) else stacked_product
+    w = multiplied(core, sigma, xp)
+    if system is not None:
+        for _ in range(0 if isinstance(core, Factor) else CORRECTIONS - 1):
+            w = add_product(w, core, add_product(sigma, system, w, xp, alpha=-1.0), xp)
+        wide = widest_real(sigma, xp)
+        missing = xp.astype(sigma, wide) - xp.astype(system, wide) @ xp.astype(w, wide)
+        w = w + multiplied(core, xp.astype(missing, sigma.dtype), xp)
     return w
+
+
+def _solved(factor: Factor, sigma: Array, xp: Namespace) -> Array:
+    return factor @ sigma
 
 
 def corrected(core: Array | Factor, system: Array | None, sigma: Array) -> Array:

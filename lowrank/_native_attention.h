@@ -81,22 +81,75 @@ TARGET static void NAME(less_points)(const struct attention *t, struct place p, 
     if (!direct) NAME(write)(out, p, d, hz - p.count * stride);
 }
 
-/* Landmarks of an element, in padded rows, and |z|^2/2; and whether one is so far out that care is needed. */
+/* Landmarks of an element, in padded rows, and |z|^2/2; whether one is so far out that care is needed; and whether some
+   are near others, which are their parents and have none themselves, which is -1: for those the step from there, else z
+   itself, and -(|z|^2 - |parent|^2)/2. */
 struct NAME(landmarks) {
-    float *z, *half_z;
-    int far;
+    float *z, *half_z, *step, *fall;
+    int32_t *parent;
+    int far, near;
 };
 
-TARGET static void NAME(prepare)(const struct attention *t, long element, struct NAME(landmarks) *y)
+/* For each landmark the nearest of those before it that have no parent, if that is near. */
+TARGET static void NAME(parents)(const struct attention *t, struct NAME(landmarks) *y, float *room)
+{
+    const long m = t->m, d = t->d, D = PADDED(d), S = PADDED(m);
+    float *z_t = TAKE(D * BLOCK), *product = TAKE(m * S);
+    NAME(transpose)(m, D, (struct block){y->z, D}, z_t);
+    NAME(product)(m, S, d, y->z, D, 1, z_t, BLOCK, product, S, SETS);
+    for (long j = 0; j < m; j++) {
+        float most = y->half_z[j] - 0.5f * NEAR * NEAR; /* z'p - |p|^2/2 of the distance NEAR */
+        for (long i = 0; i < j; i++) {
+            const float close = product[j * S + i] - y->half_z[i];
+            if (close > most && y->parent[i] < 0) most = close, y->parent[j] = i;
+        }
+        if (y->parent[j] < 0) continue;
+        const float *p = y->z + y->parent[j] * D, *z = y->z + j * D;
+        double fall = 0;
+        for (long k = 0; k < d; k++) {
+            y->step[j * D + k] = z[k] - p[k];
+            fall += ((double)z[k] - p[k]) * ((double)z[k] + p[k]);
+        }
+        y->fall[j] = -0.5 * fall;
+        y->near = 1;
+    }
+}
+
+TARGET static void NAME(prepare)(const struct attention *t, long element, struct NAME(landmarks) *y, float *room)
 {
     const long m = t->m, d = t->d, D = PADDED(d);
     NAME(pad)(m, d, t->z + element * m * d, y->z);
+    memcpy(y->step, y->z, sizeof(float) * m * D);
     for (long j = 0; j < m; j++) {
         float sum = 0;
         for (long k = 0; k < d; k++) sum += y->z[j * D + k] * y->z[j * D + k];
         y->half_z[j] = 0.5f * sum;
+        y->parent[j] = -1;
         y->far |= !(y->half_z[j] < FAR);
     }
+    if (!y->far && m <= BLOCK) NAME(parents)(t, y, room);
+}
+
+/* A row of C from that of a parent: exp(x'step + fall) times that. What rounding leaves of the exponent is small as the
+   step is, and what is wrong with a row is as wrong with those made from it: of landmarks that are close, where A is
+   near singular, it is their difference that counts. */
+TARGET static void NAME(from_parent)(float *c, const float *parent, float fall, long width)
+{
+    const vec zero = {0}, low = zero + LOWEST, least = zero + FLOOR, one = zero + 1.0f;
+    for (long r = 0; r < width; r += LANES) {
+        vec y = *(vec *)(c + r) + fall;
+        y = NAME(choose)(y > low, y, low), y = NAME(choose)(y < -low, y, -low);
+        const vec k = NAME(exp_of)(y) * *(const vec *)(parent + r);
+        *(vec *)(c + r) = NAME(choose)(k < one, (vec)((bits)k & (k >= least)), one);
+    }
+}
+
+/* Rows, of width numbers, but for what is in those of their parents, times -1; or with it again, times 1. */
+TARGET static void NAME(add_parents)(const struct NAME(landmarks) *y, long m, float *rows, long stride, long width,
+                                     float times)
+{
+    for (long j = 0; y->near && j < m; j++)
+        for (long r = 0; y->parent[j] >= 0 && r < width; r++) rows[j * stride + r] += times * rows[y->parent[j] * stride + r];
 }
 
 /* C transposed, (m, count), of points transposed, (d, count), in rows of BLOCK. x'z, |x|^2 and |z|^2 are summed in the
@@ -114,28 +167,76 @@ TARGET static void NAME(gaussians)(const struct attention *t, int what, const st
         *(vec *)(half_x + r) = sum * 0.5f;
     }
     for (long r = 0; r < width; r++) careful |= !(half_x[r] < FAR);
-    NAME(product)(t->m, width, t->d, y->z, PADDED(t->d), 1, x, BLOCK, c, BLOCK, SETS);
-    for (long j = 0; j < t->m; j++, c += BLOCK) {
+    const int near = y->near && !careful;
+    float *row = c;
+    NAME(product)(t->m, width, t->d, near ? y->step : y->z, PADDED(t->d), 1, x, BLOCK, c, BLOCK, SETS);
+    for (long j = 0; j < t->m; j++, row += BLOCK) {
         if (what != COTANGENTS) fetch(t, what, next, j, t->m);
-        if (careful)
+        if (near && y->parent[j] >= 0)
+            NAME(from_parent)(row, c + y->parent[j] * BLOCK, y->fall[j], width);
+        else if (careful)
             for (long r = 0; r < width; r += LANES)
-                *(vec *)(c + r) = NAME(exp)(*(vec *)(c + r) - (*(vec *)(half_x + r) + y->half_z[j]), 1);
+                *(vec *)(row + r) = NAME(exp)(*(vec *)(row + r) - (*(vec *)(half_x + r) + y->half_z[j]), 1);
         else
             for (long r = 0; r < width; r += LANES)
-                *(vec *)(c + r) = NAME(exp)(*(vec *)(c + r) - (*(vec *)(half_x + r) + y->half_z[j]), 0);
+                *(vec *)(row + r) = NAME(exp)(*(vec *)(row + r) - (*(vec *)(half_x + r) + y->half_z[j]), 0);
     }
 }
 
-/* w = M b, and w + M(b - P w) as often as there are to be corrections, in padded rows. */
-TARGET static void NAME(solve)(const struct attention *t, long element, const float *b, float *w, float *room)
+/* n numbers in double precision, n a multiple of LANES. */
+TARGET static void NAME(widen)(long n, const float *x, double *out)
+{
+    for (long i = 0; i < n; i += LANES / 2)
+        *(NAME(wide) *)(out + i) = __builtin_convertvector(*(const NAME(part) *)(x + i), NAME(wide));
+}
+
+/* b - P w in double precision, rounded: I < 5 rows, of LANES numbers. */
+INLINE TARGET void NAME(missing_tile)(int I, long m, const double *p, long S, const double *w, long E, const float *b,
+                                      float *out)
+{
+    NAME(wide) o[4][2];
+    UNROLL for (int i = 0; i < I; i++)
+        UNROLL for (int v = 0; v < 2; v++)
+            o[i][v] = __builtin_convertvector(*(const NAME(part) *)(b + i * E + v * LANES / 2), NAME(wide));
+    for (long k = 0; k < m; k++)
+        UNROLL for (int i = 0; i < I; i++)
+            UNROLL for (int v = 0; v < 2; v++) o[i][v] -= p[i * S + k] * *(const NAME(wide) *)(w + k * E + v * LANES / 2);
+    UNROLL for (int i = 0; i < I; i++)
+        UNROLL for (int v = 0; v < 2; v++)
+            *(NAME(part) *)(out + i * E + v * LANES / 2) = __builtin_convertvector(o[i][v], NAME(part));
+}
+
+/* The same of all rows. */
+TARGET static void NAME(missing)(long m, long E, const float *system, const float *w, const float *b, float *out,
+                                 float *room)
+{
+    const long S = PADDED(m);
+    double *p = (double *)TAKE(2 * m * S), *wide = (double *)TAKE(2 * m * E);
+    for (long i = 0; i < m; i++)
+        for (long k = 0; k < m; k++) p[i * S + k] = system[i * m + k];
+    NAME(widen)(m * E, w, wide);
+    for (long n = 0; n < E; n += LANES) {
+        long i = 0;
+        for (; i + 4 <= m; i += 4) NAME(missing_tile)(4, m, p + i * S, S, wide + n, E, b + i * E + n, out + i * E + n);
+        for (; i < m; i++) NAME(missing_tile)(1, m, p + i * S, S, wide + n, E, b + i * E + n, out + i * E + n);
+    }
+}
+
+/* w = M b, and w + M(b - P w) as often as there are to be corrections, in padded rows. What is missing is at last
+   computed in double precision, as _attend.py says. */
+TARGET static void NAME(solve)(const struct attention *t, long element, const float *b, float *w, float *rest,
+                               float *room)
 {
     const long m = t->m, E = PADDED(t->e), along = t->transposed_core ? 1 : m;
     const float *core = t->core + element * m * m, *system = t->corrections ? t->system + element * m * m : 0;
     NAME(product)(m, E, m, core, along, m + 1 - along, b, E, w, E, SETS);
-    for (long i = 0; i < t->corrections; i++) {
-        NAME(product)(m, E, m, system, m, 1, w, E, room, E, SETS);
-        for (long k = 0; k < m * E; k++) room[k] = b[k] - room[k];
-        NAME(product)(m, E, m, core, along, m + 1 - along, room, E, w, E, ADDS);
+    for (long left = t->corrections - 1; left >= 0; left--) {
+        if (left) {
+            NAME(product)(m, E, m, system, m, 1, w, E, rest, E, SETS);
+            for (long k = 0; k < m * E; k++) rest[k] = b[k] - rest[k];
+        } else
+            NAME(missing)(m, E, system, w, b, rest, room);
+        NAME(product)(m, E, m, core, along, m + 1 - along, rest, E, w, E, ADDS);
     }
 }
 
@@ -159,8 +260,11 @@ TARGET static void NAME(pass)(const struct attention *t, int what, long element,
         }
         if (what == SUMS) {
             const struct block v = NAME(read)(&t->summed, p, e, v_room);
+            /* Sums of differences: their roundings are small as these are. */
+            NAME(add_parents)(y, m, c, BLOCK, PADDED(p.count), -1);
             NAME(product)(m, E, p.count, c, BLOCK, 1, v.at, v.stride, of_block, E, SETS);
             NAME(accumulate)(m * E, of_block, sums);
+            if (c_kept) NAME(add_parents)(y, m, c, BLOCK, PADDED(p.count), 1);
         } else if (what == PRODUCT)
             NAME(apply)(&t->out, p, e, m, c, w, SETS, out);
         else {
@@ -223,19 +327,20 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
     const int whole = is_whole(what);
     const long chunks = whole ? 1 : (t->n + CHUNK - 1) / CHUNK, element = item / chunks;
     const long first = item % chunks * CHUNK, last = whole ? t->n : LEAST(first + CHUNK, t->n);
-    float *z = TAKE(m * D), *half_z = TAKE(m);
-    struct NAME(landmarks) y = {z, half_z, 0};
+    float *z = TAKE(m * D), *half_z = TAKE(m), *step = TAKE(m * D), *fall = TAKE(m), *parent = TAKE(m);
+    struct NAME(landmarks) y = {z, half_z, step, fall, (int32_t *)parent, 0, 0};
     float *w = TAKE(m * E), *s = TAKE(m * E), *sums = TAKE(m * W), *spare = TAKE(m * E);
     float *w_bar = TAKE(m * E);
     float *c = whole ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
-    NAME(prepare)(t, element, &y);
+    NAME(prepare)(t, element, &y, room);
     if (what == PRODUCT || what == COTANGENTS || what == BACKWARD) NAME(pad)(m, e, t->w + element * m * e, w);
     if (what == COTANGENTS) NAME(pad)(m, e, t->sigma_bar + element * m * e, s);
     memset(sums, 0, sizeof(float) * m * W);
     if (whole) {
         float *solved = what == FORWARD ? w : s;
         NAME(pass)(t, SUMS, element, first, last, &y, 0, 0, sums, c, room);
-        NAME(solve)(t, element, sums, solved, spare);
+        NAME(add_parents)(&y, m, sums, E, E, 1);
+        NAME(solve)(t, element, sums, solved, spare, room);
         NAME(unpad)(m, e, sums, t->sums + element * m * e);
         NAME(unpad)(m, e, solved, (what == FORWARD ? t->w : t->sigma_bar) + element * m * e);
         memcpy(w_bar, sums, sizeof(float) * m * E);
@@ -243,7 +348,10 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
         what = what == FORWARD ? PRODUCT : COTANGENTS;
     }
     NAME(pass)(t, what, element, first, last, &y, w, s, sums, c, room);
-    if (what == SUMS) NAME(unpad)(m, e, sums, t->sums + item * m * e);
+    if (what == SUMS) {
+        NAME(add_parents)(&y, m, sums, E, E, 1);
+        NAME(unpad)(m, e, sums, t->sums + item * m * e);
+    }
     if (whole && what == COTANGENTS)
         NAME(landmark_cotangents)(t, element, &y, w_bar, w, s, sums, room);
     else if (what == COTANGENTS)

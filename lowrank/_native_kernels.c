@@ -25,6 +25,9 @@ the results. What is computed is in the headers, X' being the transpose of X. */
 #define GRAIN (1 << 19)
 /* Of exponents: what is below is taken for 0, as processors are slow with products below the smallest normal number. */
 #define LOWEST -69.8f
+#define FLOOR 4.9e-31f
+/* In lengthscales, of a landmark from another whose row of C its own is made from. */
+#define NEAR 0.5f
 /* Squared norms from which on a difference of two may be no number. */
 #define FAR 1e30f
 /* Of cotangents of Newton's steps, 2^-90. */
@@ -194,8 +197,11 @@ static size_t room_of(const struct attention *t, int what)
 {
     const size_t m = t->m, D = PADDED(t->d), E = PADDED(t->e), W = MOST(D, E);
     const size_t blocks = is_whole(what) ? (t->n + BLOCK - 1) / BLOCK : 1;
+    const size_t of_solution = is_whole(what) ? 2 * m * (PADDED(m) + E) : 0;
     const size_t of_landmarks = what == BACKWARD ? (2 * E + m + 1) * PADDED(m) : 0;
-    return BLOCK * (2 * D + 4 * E + W + m * (1 + blocks)) + m * (D + 4 * E + 2 * W) + PADDED(m) + of_landmarks;
+    const size_t of_parents = m <= BLOCK ? D * BLOCK + m * PADDED(m) : 0;
+    const size_t of_blocks = BLOCK * (2 * D + 4 * E + W + m * (1 + blocks));
+    return of_blocks + m * (2 * D + 4 * E + 2 * W) + 3 * PADDED(m) + of_solution + of_landmarks + of_parents;
 }
 
 #if defined(__x86_64__)
@@ -299,8 +305,8 @@ int lowrank_attend(const struct attention *task, int what, int lanes, long threa
 int lowrank_core(const struct core *t, int what, int lanes, long threads, parallel *together)
 {
     const long m = t->m, d = t->d, S = PADDED(m), products = what == GRAM ? d : 2 * t->count * m;
-    const size_t room = what == GRAM ? m * PADDED(d) + (d + 1 + m) * S : (4 * m + 2 * t->probed) * S;
-    struct team team = {BY_LANES(cores, lanes), t, room, what, t->elements, 0};
+    const long of_gram = 4 * (m + BLOCK) * PADDED(d) + 2 * (m + 1) * S, of_inverse = (4 * m + 2 * t->probed) * S;
+    struct team team = {BY_LANES(cores, lanes), t, what == GRAM ? of_gram : of_inverse, what, t->elements, 0};
     return run(&team, LEAST(threads, t->elements * m * m * products / GRAIN + 1), together);
 }
 

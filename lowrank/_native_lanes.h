@@ -5,6 +5,8 @@ typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_a
 typedef int32_t NAME(bits) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t NAME(ubits) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float NAME(aligned) __attribute__((vector_size(4 * LANES), may_alias));
+typedef float NAME(part) __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
+typedef double NAME(wide) __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
 #define vec NAME(vec)
 #define bits NAME(bits)
 #define ubits NAME(ubits)
@@ -86,12 +88,10 @@ TARGET static void NAME(product)(long M, long N, long K, const float *A, long si
     }
 }
 
-/* exp(min(x, 0)), or 0 below LOWEST. What is no number stays so if careful. */
-INLINE TARGET vec NAME(exp)(vec x, int careful)
+/* exp(y) for |y| <= -LOWEST. */
+INLINE TARGET vec NAME(exp_of)(vec y)
 {
     const vec zero = {0};
-    const bits known = x >= zero + LOWEST, unknown = x != x;
-    const vec y = (vec)((bits)x & ((bits)x >> 31));
     const vec shifted = y * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the lowest bits are the integer nearest to y/log 2 */
     const vec n = shifted - 12582912.0f, r = y - n * 0.693359375f - n * -2.12194440e-4f;
     vec p = zero + 1.3843653430e-03f; /* exp(r) for |r| <= log(2)/2, to 2e-9: weighted least squares, with 1 at 0 */
@@ -101,10 +101,20 @@ INLINE TARGET vec NAME(exp)(vec x, int careful)
     p = p * r + 4.9999994210e-01f;
     p = p * r + 1.0000000322e+00f;
     p = p * r + 1.0f;
-    const bits scaled = (bits)((ubits)p + ((ubits)shifted << 23)) & known;
+    return (vec)((ubits)p + ((ubits)shifted << 23));
+}
+
+/* exp(min(x, 0)), or 0 below LOWEST. What is no number stays so if careful. */
+INLINE TARGET vec NAME(exp)(vec x, int careful)
+{
+    const bits known = x >= (vec){0} + LOWEST, unknown = x != x;
+    const bits scaled = (bits)NAME(exp_of)((vec)((bits)x & ((bits)x >> 31))) & known;
     if (careful) return (vec)((scaled & ~unknown) | ((bits)x & unknown));
     return (vec)scaled;
 }
+
+/* What holds is x, and what does not y. */
+INLINE TARGET vec NAME(choose)(bits holds, vec x, vec y) { return (vec)((holds & (bits)x) | (~holds & (bits)y)); }
 
 /* The transpose, (N, count) in rows of BLOCK, of rows (count, N), N a multiple of LANES, and 0 up to PADDED(count). */
 TARGET static void NAME(transpose)(long count, long N, struct block rows, float *out)
@@ -142,6 +152,22 @@ TARGET static void NAME(unpad)(long rows, long width, const float *x, float *out
 {
     for (long i = 0; i < rows; i++, x += PADDED(width), out += width)
         for (long k = 0; k < width; k++) out[k] = x[k];
+}
+
+/* The power of two near the largest of n numbers, a multiple of LANES, by which products are exact; 1 where that is 0 or
+   no number. */
+TARGET static float NAME(power)(long n, const float *x)
+{
+    vec most = {0};
+    for (long i = 0; i < n; i += LANES) {
+        const vec size = (vec)(*(const bits *)(x + i) & 0x7fffffff);
+        most = NAME(choose)(size <= most, most, size);
+    }
+    float largest = 0;
+    for (int i = 0; i < LANES; i++) largest = most[i] <= largest ? largest : most[i];
+    int exponent;
+    frexpf(largest, &exponent);
+    return largest > 0 && isfinite(largest) ? ldexpf(1, MOST(-120, LEAST(120, exponent))) : 1;
 }
 
 TARGET static void NAME(accumulate)(long n, const float *x, float *sums)

@@ -10,16 +10,6 @@ TARGET static void NAME(textbook_step)(long m, const float *x, const float *a, f
     for (long i = 0; i < m * S; i++) next[i] = 2 * x[i] - next[i];
 }
 
-/* The power of two near the largest entry, by which products are exact; 1 where that is 0 or no number. */
-TARGET static float NAME(power)(long n, const float *x)
-{
-    float largest = 0;
-    for (long i = 0; i < n; i++) largest = fabsf(x[i]) <= largest ? largest : fabsf(x[i]);
-    int exponent;
-    frexpf(largest, &exponent);
-    return largest > 0 && isfinite(largest) ? ldexpf(1, MOST(-120, LEAST(120, exponent))) : 1;
-}
-
 /* X_bar and A_bar for the cotangent G in g. What is smaller than TINY is taken for 0: through converged steps G falls
    with the square of the residual. */
 TARGET static void NAME(steps_back)(const struct newton *t, const float *a, const float *x, const float *e, float *g,

@@ -211,6 +211,54 @@ def test_points_far_from_all_landmarks_get_nothing(far, width):
     torch.testing.assert_close(out[:, :, :100], near)
 
 
+@pytest.mark.parametrize("m", [2, 49, 128])
+def test_what_differs_between_landmarks_nearby_is_right(m, width):
+    """One point each: σ is a row of C. An entry is off by what many roundings of its exponent, 8 or so, leave, but a
+    quotient of two by three: of an exponential, a product, and the rest of an exponent."""
+    q, first = points(0, 500, 1, 1, 32, spread=0.7), points(1, 1, 1, 1, 32, spread=0.3)
+    z = (first + 1e-3 * points(2, 1, 1, m, 32)).expand(500, 1, m, 32)
+    one, centre = torch.ones(500, 1, 1, 1), torch.zeros(500, 1, 1, 32)
+    _, found, _ = _native_attention.forward(q, z, one, torch.eye(m).expand(500, 1, m, m), None, centre, 1.0, XP)
+    half = 0.5 * (q.double() - z.double()).square().sum(-1, keepdim=True)
+    exact, found = torch.exp(-half), found.double()
+    assert 4 < half.mean() < 16
+    assert ((found / exact - 1).abs() < 32 * EPS * half).all()
+    quotients = found / found[:, :, :1] / (exact / exact[:, :, :1])
+    assert ((quotients - 1).abs() < 3 * EPS).all()
+
+
+@pytest.mark.parametrize("method", ["newton", "direct"])
+@pytest.mark.parametrize("kind", ["random", "pairs", "clusters", "line"])
+def test_gradients_at_near_singular_landmarks(kind, method, width):
+    """To 1e-5, and 1e-6 in tokens and values. On a line rounding of C alone, all else exact, leaves 5e-5 of z̄."""
+    q, v, g, z = points(1, 2, 700, 32), points(2, 2, 700, 32), points(3, 2, 700, 32), points(4, 2, 49, 32, spread=1.0)
+    near = points(5, 2, 49, 32, spread=1.0)
+    if kind == "pairs":
+        z[:, 24:48] = z[:, :24] + 1e-3 * near[:, :24]
+    elif kind == "clusters":
+        z = z[:, :7].repeat_interleave(7, 1) + 1e-2 * near
+    elif kind == "line":
+        z = torch.linspace(-1, 1, 49)[:, None] * near[:, :1] / 2
+
+    def exact(q, v, z):
+        c, a = (
+            torch.exp(-(torch.cdist(x, z, compute_mode="donot_use_mm_for_euclid_dist") ** 2) / 2 / 32**0.5)
+            for x in (q, z)
+        )
+        return c @ torch.linalg.solve(a + 0.01 * torch.eye(49), c.mT @ v)
+
+    def gradients(way, *given):
+        leaves = [x.requires_grad_() for x in given]
+        return torch.autograd.grad(way(*leaves), leaves, g.to(given[0].dtype))
+
+    expected = gradients(exact, *(x.double() for x in (q, v, z)))
+    found = gradients(lambda *given: softmax_free_attention(*given, method=method), q, v, z)
+    # EPS times the condition of A + ridge·I, 4901, for the line.
+    bounds = 1e-6, 1e-6, {"random": 2e-6, "line": 4901 * EPS}.get(kind, 1e-5)
+    for ours, theirs, bound in zip(found, expected, bounds, strict=True):
+        assert torch.linalg.norm(ours.double() - theirs) < bound * torch.linalg.norm(theirs)
+
+
 def test_no_kernel_matrix_exceeds_one():
     """Where rounding would make a squared distance negative: points on landmarks far from their mean."""
     z = 3e3 + points(1, 1, 1, 8, 16)
