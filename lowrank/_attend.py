@@ -12,10 +12,10 @@ element need more blocks than are kept, the others are computed twice.
 
 An inverse M of P that carries rounding errors gives w with an error of cond(P)·eps of ‖M‖‖σ‖, while w itself is much
 smaller: σ is smooth, and M is large where A has its small eigenvalues. Where P is given, w solves P w = σ, by two
-corrections w ← w + M(σ − P w) with M held fixed; so does σ̄, and P̄ = −σ̄ wᵀ. In float32 this makes X ten to a hundred
-times as accurate where landmarks nearly coincide, and z̄ a hundred times (N. J. Higham, "Accuracy and Stability of
-Numerical Algorithms", 2002, chapter 12, on iterative refinement). The Cholesky factor of P can take the place of M: to
-solve with it is as accurate, and needs no correction.
+corrections w ← w + M(σ − P w) with M held fixed, the last of them with σ − P w in double precision; so does σ̄, and
+P̄ = −σ̄ wᵀ. In float32 this makes X ten to a hundred times as accurate where landmarks nearly coincide, and z̄ a hundred
+times (N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, chapter 12, on iterative refinement). The
+Cholesky factor of P can take the place of M: to solve with it is nearly as accurate, and one correction is enough.
 """
 
 from __future__ import annotations

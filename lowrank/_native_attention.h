@@ -105,11 +105,17 @@ TARGET static void NAME(parents)(const struct attention *t, struct NAME(landmark
         }
         if (y->parent[j] < 0) continue;
         const float *p = y->z + y->parent[j] * D, *z = y->z + j * D;
-        double fall = 0;
+        double fall = 0, square = 0;
         for (long k = 0; k < d; k++) {
-            y->step[j * D + k] = z[k] - p[k];
-            fall += ((double)z[k] - p[k]) * ((double)z[k] + p[k]);
+            const double step = (double)z[k] - p[k];
+            square += step * step, fall += step * ((double)z[k] + p[k]);
         }
+        /* The product of landmarks far from the origin may not tell. */
+        if (square > 2 * NEAR * NEAR) {
+            y->parent[j] = -1;
+            continue;
+        }
+        for (long k = 0; k < d; k++) y->step[j * D + k] = z[k] - p[k];
         y->fall[j] = -0.5 * fall;
         y->near = 1;
     }
