@@ -225,7 +225,8 @@ def real_dtype(x: Array, xp: Namespace) -> Any:
 
 def widest_real(x: Array, xp: Namespace) -> Any:
     """float64 where x's namespace and device have it, else float32 (JAX without x64, for one)."""
-    return xp.__array_namespace_info__().dtypes(kind="real floating").get("float64", xp.float32)
+    known = xp.__array_namespace_info__().dtypes(kind="real floating", device=device(x))
+    return known.get("float64", xp.float32)
 
 
 def generator(rng: int | np.random.Generator | None) -> np.random.Generator:

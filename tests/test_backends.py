@@ -21,7 +21,7 @@ from conftest import from_spectrum
 
 import lowrank
 from lowrank import dask as chunked
-from lowrank._array import to_host
+from lowrank._array import to_host, widest_real
 
 KERNEL = partial(lowrank.gaussian_kernel, lengthscale=2.0)
 RIDGE = 0.1
@@ -247,6 +247,13 @@ def test_torchs_default_dtype_does_not_matter(name, dtype):
     if isinstance(usual, torch.Tensor):
         assert wide.dtype == usual.dtype
     np.testing.assert_array_equal(np.asarray(wide), np.asarray(usual))
+
+
+def test_devices_without_double_precision_get_none():
+    strict = pytest.importorskip("array_api_strict", minversion="2.5")
+    for name, widest in (("CPU_DEVICE", strict.float64), ("no_float64", strict.float32)):
+        x = strict.ones(2, dtype=strict.float32, device=strict.Device(name))
+        assert widest_real(x, strict) == widest
 
 
 def test_every_public_function_of_arrays_is_here():
