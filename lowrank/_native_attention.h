@@ -337,6 +337,12 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
     struct NAME(landmarks) y = {z, half_z, step, fall, (int32_t *)parent, 0, 0};
     float *w = TAKE(m * E), *s = TAKE(m * E), *sums = TAKE(m * W), *spare = TAKE(m * E);
     float *w_bar = TAKE(m * E);
+    if (what == SOLUTION) {
+        NAME(pad)(m, e, t->sums + element * m * e, s);
+        NAME(solve)(t, element, s, w, spare, room);
+        NAME(unpad)(m, e, w, t->w + element * m * e);
+        return;
+    }
     float *c = whole ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
     NAME(prepare)(t, element, &y, room);
     if (what == PRODUCT || what == COTANGENTS || what == BACKWARD) NAME(pad)(m, e, t->w + element * m * e, w);

@@ -16,13 +16,15 @@ from lowrank._array import Namespace
 from lowrank._attend import CORRECTIONS, Factor, applied, inner_cotangent, landmark_cotangents
 
 # What is computed of chunks of the points, and of whole elements of the batch.
-SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD = range(5)
+SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD, SOLUTION = range(6)
 # Entries of an element's part of C up to which it is kept from the sums to the product, 1 MiB, half of a large second
 # cache; and how many elements there are to be then, if chunks could be shared among more threads.
 WHOLE_ENTRIES, WHOLE_ELEMENTS = 2**18, 8
 # Features of a point or a value. Of 96, calls with 8 to 128 landmarks take 0.5 to 1.0 of the time of the blocks, of 128
 # up to 1.25: a block no longer fits the nearest caches, and a library's products of large matrices are as fast.
 MOST_FEATURES = 96
+# Landmarks up to which w is solved for by one core.
+MOST_LANDMARKS = 128
 
 
 class Rows(ctypes.Structure):
@@ -79,7 +81,7 @@ def forward(
         call.run(FORWARD)
     else:
         sums = call.by_chunks("sums", SUMS)
-        weights = applied(core, system, sums, xp)
+        weights = call.solution(core, system, sums, xp)
         call.packs(w=weights)
         call.run(PRODUCT)
     return out, sums, weights
@@ -104,18 +106,17 @@ def backward(
     call = _Call(q, z, v, centre, scale)
     q_bar, v_bar = call.writes("q_bar", q), call.writes("v_bar", v)
     call.reads(summed=g, v=v, g=g)
-    call.packs(w=weights)
     if call.is_whole(core):
         call.solves(core, system, transposed=system is None)
-        call.packs(sigma=sums)
+        call.packs(w=weights, sigma=sums)
         call.task.of_gram = of_gram
         w_bar, sigma_bar, z_bar = call.makes("sums"), call.makes("sigma_bar"), call.makes("z_bar")
         call.run(BACKWARD)
         inner = None if of_gram else inner_cotangent(system, w_bar, sigma_bar, sums, weights)
         return q_bar, z_bar, v_bar, inner
     w_bar = call.by_chunks("sums", SUMS)
-    sigma_bar = applied(xp.matrix_transpose(core) if system is None else core, system, w_bar, xp)
-    call.packs(sigma_bar=sigma_bar)
+    sigma_bar = call.solution(xp.matrix_transpose(core) if system is None else core, system, w_bar, xp)
+    call.packs(w=weights, sigma_bar=sigma_bar)
     from_q = call.by_chunks("from_q", COTANGENTS)
     given = w_bar, sigma_bar, sums, weights, system, call.arrays["z"]
     z_bar, inner = landmark_cotangents(from_q, *given, scale, xp, of_gram=of_gram)
@@ -175,6 +176,16 @@ class _Call:
             self.packs(system=system)
             self.task.corrections = CORRECTIONS
         self.task.transposed_core = transposed
+
+    def solution(self, core: Tensor | Factor, system: Tensor | None, sums: Tensor, xp: Namespace) -> Tensor:
+        """What ``applied`` computes, of few landmarks in one call."""
+        if isinstance(core, Factor) or self.task.m > MOST_LANDMARKS:
+            return applied(core, system, sums, xp)
+        self.solves(core, system)
+        self.packs(sums=sums)
+        w = self.makes("w")
+        self.run(SOLUTION)
+        return w
 
     def run(self, what: int) -> None:
         _native.run("lowrank_attend", self.task, what)

@@ -57,8 +57,8 @@ the results. What is computed is in the headers, X' being the transpose of X. */
 #define TAKE(size) (room += PADDED(size), room - PADDED(size))
 
 /* Of chunks: C' times what is summed; Cw; v_bar, q_bar and H'x. Of whole elements: C'v, w and Cw; C'g, sigma_bar,
-   those cotangents and z_bar. */
-enum { SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD };
+   those cotangents and z_bar; w for sums over all chunks. */
+enum { SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD, SOLUTION };
 
 /* Rows of an array (batch, heads, n, width) in memory: each is contiguous; strides are in numbers, which are float, or
    bfloat16 if half. */
@@ -190,13 +190,13 @@ static int way_of(const struct rows *x, const struct attention *t, long width)
     return !x->half && all % LINE == 0 && t->elements * t->n * width >= STREAMED ? STREAMS : SETS;
 }
 
-static int is_whole(int what) { return what == FORWARD || what == BACKWARD; }
+static int is_whole(int what) { return what >= FORWARD; }
 
 /* How many numbers one thread needs to work: all that NAME(attend) and what it calls take. */
 static size_t room_of(const struct attention *t, int what)
 {
     const size_t m = t->m, D = PADDED(t->d), E = PADDED(t->e), W = MOST(D, E);
-    const size_t blocks = is_whole(what) ? (t->n + BLOCK - 1) / BLOCK : 1;
+    const size_t blocks = is_whole(what) && what != SOLUTION ? (t->n + BLOCK - 1) / BLOCK : 1;
     const size_t of_solution = is_whole(what) ? 2 * m * (PADDED(m) + E) : 0;
     const size_t of_landmarks = what == BACKWARD ? (2 * E + m + 1) * PADDED(m) : 0;
     const size_t of_parents = m <= BLOCK ? D * BLOCK + m * PADDED(m) : 0;
