@@ -83,19 +83,19 @@ def applied(core: Array | Factor, system: Array | None, sigma: Array, xp: Namesp
     What is missing is at last computed in double precision: of singular directions w is the larger the less of σ there
     is in them, and rounding of the sums P w would be in all.
     """
-    multiplied = _solved if isinstance(core, Factor) else stacked_product
-    w = multiplied(core, sigma, xp)
+    factored = isinstance(core, Factor)
+
+    def multiplied(b: Array) -> Array:
+        return core @ b if factored else stacked_product(core, b, xp)
+
+    w = multiplied(sigma)
     if system is not None:
-        for _ in range(0 if isinstance(core, Factor) else CORRECTIONS - 1):
+        for _ in range(0 if factored else CORRECTIONS - 1):
             w = add_product(w, core, add_product(sigma, system, w, xp, alpha=-1.0), xp)
         wide = widest_real(sigma, xp)
         missing = xp.astype(sigma, wide) - xp.astype(system, wide) @ xp.astype(w, wide)
-        w = w + multiplied(core, xp.astype(missing, sigma.dtype), xp)
+        w = w + multiplied(xp.astype(missing, sigma.dtype))
     return w
-
-
-def _solved(factor: Factor, sigma: Array, xp: Namespace) -> Array:
-    return factor @ sigma
 
 
 def corrected(core: Array | Factor, system: Array | None, sigma: Array) -> Array:

@@ -81,9 +81,9 @@ TARGET static void NAME(less_points)(const struct attention *t, struct place p, 
     if (!direct) NAME(write)(out, p, d, hz - p.count * stride);
 }
 
-/* Landmarks of an element, in padded rows, and |z|^2/2; whether one is so far out that care is needed; and whether some
-   are near others, which are their parents and have none themselves, which is -1: for those the step from there, else z
-   itself, and -(|z|^2 - |parent|^2)/2. */
+/* Landmarks z of an element, in padded rows, and |z|^2/2; whether one is so far out that care is needed, and whether some
+   are near others. One that is near an earlier one, which has no parent itself, has that for its parent, by number, the
+   step z - parent and the fall -(|z|^2 - |parent|^2)/2; the others have the parent -1 and the step z. */
 struct NAME(landmarks) {
     float *z, *half_z, *step, *fall;
     int32_t *parent;

@@ -25,6 +25,7 @@ the results. What is computed is in the headers, X' being the transpose of X. */
 #define GRAIN (1 << 19)
 /* Of exponents: what is below is taken for 0, as processors are slow with products below the smallest normal number. */
 #define LOWEST -69.8f
+/* exp(LOWEST), rounded up. */
 #define FLOOR 4.9e-31f
 /* In lengthscales, of a landmark from another whose row of C its own is made from. */
 #define NEAR 0.5f

@@ -85,7 +85,7 @@ def softmax_free_attention(
     method : {"newton", "direct"}
         How the system with A + δ I is solved (with δ = 0: how its pseudoinverse is found, which is used as it is).
         "newton": by two corrections of what an approximate inverse of :func:`lowrank.pinv_newton` gives. "direct": by
-        the library's own factorisation, which takes less time on a CPU, and matters where tokens are few.
+        the library's own factorisation and one correction, which on a CPU without compiled kernels takes less time.
     inverse : callable, optional
         In place of ``method``: called as ``inverse(a, hermitian=True, ridge=ridge)`` with a of shape (..., m, m);
         returns (a + δ I)⁺, which is used and differentiated as it is: ``functools.partial(pinv_newton, steps=20)`` is
@@ -254,8 +254,8 @@ def _roots(a: Array, xp: Namespace) -> Array:
 
 
 def _is_factored(a: Array, method: str) -> bool:
-    """Whether P is solved with by its Cholesky factor, of 49 landmarks in a sixth of the time of products for one head
-    and half for eighty on a CPU. Masks, traced programs and ``torch.func`` want an inverse."""
+    """Whether P is solved with by its Cholesky factor, of 49 landmarks on a CPU in less time than by products that are
+    not compiled. Masks, traced programs and ``torch.func`` want an inverse."""
     return method == "direct" and compat.is_torch_array(a) and not (is_traced(a) or is_transformed(a))
 
 
