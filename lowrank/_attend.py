@@ -12,10 +12,10 @@ element need more blocks than are kept, the others are computed twice.
 
 An inverse M of P that carries rounding errors gives w with an error of cond(P)·eps of ‖M‖‖σ‖, while w itself is much
 smaller: σ is smooth, and M is large where A has its small eigenvalues. Where P is given, w solves P w = σ, by two
-corrections w ← w + M(σ − P w) with M held fixed, the last of them with σ − P w in double precision; so does σ̄, and
-P̄ = −σ̄ wᵀ. In float32 this makes X ten to a hundred times as accurate where landmarks nearly coincide, and z̄ a hundred
-times (N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, chapter 12, on iterative refinement). The
-Cholesky factor of P can take the place of M: to solve with it is nearly as accurate, and one correction is enough.
+corrections w ← w + M(σ − P w) with M held fixed and σ − P w in double precision; so does σ̄, and P̄ = −σ̄ wᵀ. In float32
+this makes X ten to a hundred times as accurate where landmarks nearly coincide, and z̄ a hundred times (N. J. Higham,
+"Accuracy and Stability of Numerical Algorithms", 2002, chapter 12, on iterative refinement). The Cholesky factor of P
+can take the place of M: to solve with it is nearly as accurate, and one correction is enough.
 """
 
 from __future__ import annotations
@@ -80,21 +80,20 @@ def plain(
 def applied(core: Array | Factor, system: Array | None, sigma: Array, xp: Namespace) -> Array:
     """w = Mσ, or, with P, the solution of P w = σ that M leads to, in the values and not in the derivative.
 
-    What is missing is at last computed in double precision: of singular directions w is the larger the less of σ there
-    is in them, and rounding of the sums P w would be in all.
+    What is missing is computed in double precision: of singular directions w is the larger the less of σ there is in
+    them, and rounding of the sums P w would be in all.
     """
     factored = isinstance(core, Factor)
 
     def multiplied(b: Array) -> Array:
         return core @ b if factored else stacked_product(core, b, xp)
 
-    w = multiplied(sigma)
+    w = multiplied(xp.astype(sigma, core.lower.dtype if isinstance(core, Factor) else core.dtype, copy=False))
     if system is not None:
-        for _ in range(0 if factored else CORRECTIONS - 1):
-            w = add_product(w, core, add_product(sigma, system, w, xp, alpha=-1.0), xp)
         wide = widest_real(sigma, xp)
-        missing = xp.astype(sigma, wide) - xp.astype(system, wide) @ xp.astype(w, wide)
-        w = w + multiplied(xp.astype(missing, sigma.dtype))
+        sigma, system = (xp.astype(x, wide, copy=False) for x in (sigma, system))
+        for _ in range(1 if factored else CORRECTIONS):
+            w = w + multiplied(xp.astype(sigma - system @ xp.astype(w, wide), w.dtype))
     return w
 
 
@@ -136,7 +135,7 @@ def inner_cotangent(system: Array | None, w_bar: Array, sigma_bar: Array, sigma:
 
 def gram_cotangent(z: Array, system: Array, system_bar: Array, xp: Namespace) -> Array:
     """z̄ = Gz − diag(G1) z, G = P ∘ (P̄ + P̄ᵀ), for P = k(z, z) + δI and a cotangent P̄ of it."""
-    g = (system_bar + xp.matrix_transpose(system_bar)) * system
+    g = (system_bar + xp.matrix_transpose(system_bar)) * xp.astype(system, z.dtype, copy=False)
     g = xp.where(identity(g, xp) == 1, xp.zeros_like(g), g)  # what it is times there is zᵢ − zᵢ
     return g @ z - xp.sum(g, axis=-1, keepdims=True) * z
 

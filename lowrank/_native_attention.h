@@ -81,19 +81,21 @@ TARGET static void NAME(less_points)(const struct attention *t, struct place p, 
     if (!direct) NAME(write)(out, p, d, hz - p.count * stride);
 }
 
-/* Landmarks z of an element, in padded rows, and |z|^2/2; whether one is so far out that care is needed, and whether some
-   are near others. One that is near an earlier one, which has no parent itself, has that for its parent, by number, the
-   step z - parent and the fall -(|z|^2 - |parent|^2)/2; the others have the parent -1 and the step z. */
+/* Landmarks z = (landmark - c)s of an element, in padded rows, and |z|^2/2; whether one is so far out that care is needed,
+   and whether some are near others. One that is near an earlier one has the nearest for its parent, by number, the step
+   z - parent, of which rounding leaves as little wrong as it is small, and the fall -(|z|^2 - |parent|^2)/2; the others
+   have the parent -1 and the step z. */
 struct NAME(landmarks) {
     float *z, *half_z, *step, *fall;
     int32_t *parent;
     int far, near;
 };
 
-/* For each landmark the nearest of those before it that have no parent, if that is near. */
-TARGET static void NAME(parents)(const struct attention *t, struct NAME(landmarks) *y, float *room)
+/* For each landmark the nearest of those before it, if that is near. */
+TARGET static void NAME(parents)(const struct attention *t, long element, struct NAME(landmarks) *y, float *room)
 {
     const long m = t->m, d = t->d, D = PADDED(d), S = PADDED(m);
+    const float *at = t->z + element * m * d;
     float *z_t = TAKE(D * BLOCK), *product = TAKE(m * S);
     NAME(transpose)(m, D, (struct block){y->z, D}, z_t);
     NAME(product)(m, S, d, y->z, D, 1, z_t, BLOCK, product, S, SETS);
@@ -101,68 +103,79 @@ TARGET static void NAME(parents)(const struct attention *t, struct NAME(landmark
         float most = y->half_z[j] - 0.5f * NEAR * NEAR; /* z'p - |p|^2/2 of the distance NEAR */
         for (long i = 0; i < j; i++) {
             const float close = product[j * S + i] - y->half_z[i];
-            if (close > most && y->parent[i] < 0) most = close, y->parent[j] = i;
+            if (close > most) most = close, y->parent[j] = i;
         }
         if (y->parent[j] < 0) continue;
-        const float *p = y->z + y->parent[j] * D, *z = y->z + j * D;
-        double fall = 0, square = 0;
-        for (long k = 0; k < d; k++) {
-            const double step = (double)z[k] - p[k];
-            square += step * step, fall += step * ((double)z[k] + p[k]);
+        const float *z = y->z + j * D, *p = y->z + y->parent[j] * D;
+        float *step = y->step + j * D, square = 0, fall = 0;
+        for (long k = 0; k < d; k++) step[k] = (at[j * d + k] - at[y->parent[j] * d + k]) * t->scale;
+        vec squares = {0}, falls = {0};
+        for (long k = 0; k < D; k += LANES) {
+            const vec along = *(vec *)(step + k);
+            squares += along * along, falls += along * (*(const vec *)(z + k) + *(const vec *)(p + k));
         }
-        /* The product of landmarks far from the origin may not tell. */
-        if (square > 2 * NEAR * NEAR) {
+        for (int k = 0; k < LANES; k++) square += squares[k], fall += falls[k];
+        y->fall[j] = -0.5f * fall;
+        if (square <= 2 * NEAR * NEAR)
+            y->near = 1;
+        else { /* The product of landmarks far from the origin may not tell. */
             y->parent[j] = -1;
-            continue;
+            memcpy(step, z, sizeof(float) * D);
         }
-        for (long k = 0; k < d; k++) y->step[j * D + k] = z[k] - p[k];
-        y->fall[j] = -0.5 * fall;
-        y->near = 1;
     }
 }
 
 TARGET static void NAME(prepare)(const struct attention *t, long element, struct NAME(landmarks) *y, float *room)
 {
     const long m = t->m, d = t->d, D = PADDED(d);
+    const float *centre = t->centre + element * d;
     NAME(pad)(m, d, t->z + element * m * d, y->z);
-    memcpy(y->step, y->z, sizeof(float) * m * D);
     for (long j = 0; j < m; j++) {
-        float sum = 0;
-        for (long k = 0; k < d; k++) sum += y->z[j * D + k] * y->z[j * D + k];
+        float *z = y->z + j * D, sum = 0;
+        for (long k = 0; k < d; k++) z[k] = (z[k] - centre[k]) * t->scale, sum += z[k] * z[k];
         y->half_z[j] = 0.5f * sum;
         y->parent[j] = -1;
         y->far |= !(y->half_z[j] < FAR);
     }
-    if (!y->far && m <= BLOCK) NAME(parents)(t, y, room);
+    memcpy(y->step, y->z, sizeof(float) * m * D);
+    if (!y->far && m <= BLOCK) NAME(parents)(t, element, y, room);
 }
 
-/* A row of C from that of a parent: exp(x'step + fall) times that. What rounding leaves of the exponent is small as the
-   step is, and what is wrong with a row is as wrong with those made from it: of landmarks that are close, where A is
-   near singular, it is their difference that counts. */
-TARGET static void NAME(from_parent)(float *c, const float *parent, float fall, long width)
+/* A row of C less that of a parent, which is times exp(x'step + fall) - 1; and the row itself. Of landmarks that are
+   close, where A is near singular, it is their difference that counts, and what rounding leaves of this is small as the
+   difference is. */
+TARGET static void NAME(from_parent)(float *c, float *less, const float *parent, float fall, long width)
 {
     const vec zero = {0}, low = zero + LOWEST, least = zero + FLOOR, one = zero + 1.0f;
     for (long r = 0; r < width; r += LANES) {
         vec y = *(vec *)(c + r) + fall;
         y = NAME(choose)(y > low, y, low), y = NAME(choose)(y < -low, y, -low);
-        const vec k = NAME(exp_of)(y) * *(const vec *)(parent + r);
+        const vec p = *(const vec *)(parent + r), gap = NAME(expm1_of)(y) * p, k = p + gap;
+        if (less) *(vec *)(less + r) = gap;
         *(vec *)(c + r) = NAME(choose)(k < one, (vec)((bits)k & (k >= least)), one);
     }
 }
 
-/* Rows, of width numbers, but for what is in those of their parents, times -1; or with it again, times 1. */
-TARGET static void NAME(add_parents)(const struct NAME(landmarks) *y, long m, float *rows, long stride, long width,
-                                     float times)
+/* Rows of C, in rows of BLOCK, less those of their parents where they have any. */
+TARGET static void NAME(differences)(const struct NAME(landmarks) *y, long m, const float *c, float *less, long width)
 {
-    for (long j = 0; y->near && j < m; j++)
-        for (long r = 0; y->parent[j] >= 0 && r < width; r++) rows[j * stride + r] += times * rows[y->parent[j] * stride + r];
+    for (long j = 0; j < m; j++)
+        for (long r = 0; r < width; r++)
+            less[j * BLOCK + r] = c[j * BLOCK + r] - (y->parent[j] < 0 ? 0 : c[y->parent[j] * BLOCK + r]);
 }
 
-/* C transposed, (m, count), of points transposed, (d, count), in rows of BLOCK. x'z, |x|^2 and |z|^2 are summed in the
-   same order: where a point is next to a landmark their roundings are nearly the same, and go. next are the points
-   that come next. */
+/* Rows, of width numbers, with those of their parents. */
+TARGET static void NAME(add_parents)(const struct NAME(landmarks) *y, long m, double *rows, long width)
+{
+    for (long j = 0; y->near && j < m; j++)
+        for (long r = 0; y->parent[j] >= 0 && r < width; r++) rows[j * width + r] += rows[y->parent[j] * width + r];
+}
+
+/* C transposed, (m, count), of points transposed, (d, count), in rows of BLOCK; and, if less is not 0 and some are near, less
+   the rows of parents. x'z, |x|^2 and |z|^2 are summed in the same order: where a point is next to a landmark their roundings are nearly
+   the same, and go. next are the points that come next. */
 TARGET static void NAME(gaussians)(const struct attention *t, int what, const struct NAME(landmarks) *y, const float *x,
-                                   float *c, long count, struct place next)
+                                   float *c, float *less, long count, struct place next)
 {
     const long width = PADDED(count);
     float half_x[BLOCK];
@@ -179,74 +192,39 @@ TARGET static void NAME(gaussians)(const struct attention *t, int what, const st
     for (long j = 0; j < t->m; j++, row += BLOCK) {
         if (what != COTANGENTS) fetch(t, what, next, j, t->m);
         if (near && y->parent[j] >= 0)
-            NAME(from_parent)(row, c + y->parent[j] * BLOCK, y->fall[j], width);
+            NAME(from_parent)(row, less ? less + j * BLOCK : 0, c + y->parent[j] * BLOCK, y->fall[j], width);
         else if (careful)
             for (long r = 0; r < width; r += LANES)
                 *(vec *)(row + r) = NAME(exp)(*(vec *)(row + r) - (*(vec *)(half_x + r) + y->half_z[j]), 1);
         else
             for (long r = 0; r < width; r += LANES)
                 *(vec *)(row + r) = NAME(exp)(*(vec *)(row + r) - (*(vec *)(half_x + r) + y->half_z[j]), 0);
+        if (less && near && y->parent[j] < 0) memcpy(less + j * BLOCK, row, sizeof(float) * width);
     }
+    if (less && y->near && careful) NAME(differences)(y, t->m, c, less, width);
 }
 
-/* n numbers in double precision, n a multiple of LANES. */
-TARGET static void NAME(widen)(long n, const float *x, double *out)
-{
-    for (long i = 0; i < n; i += LANES / 2)
-        *(NAME(wide) *)(out + i) = __builtin_convertvector(*(const NAME(part) *)(x + i), NAME(wide));
-}
-
-/* b - P w in double precision, rounded: I < 5 rows, of LANES numbers. */
-INLINE TARGET void NAME(missing_tile)(int I, long m, const double *p, long S, const double *w, long E, const float *b,
-                                      float *out)
-{
-    NAME(wide) o[4][2];
-    UNROLL for (int i = 0; i < I; i++)
-        UNROLL for (int v = 0; v < 2; v++)
-            o[i][v] = __builtin_convertvector(*(const NAME(part) *)(b + i * E + v * LANES / 2), NAME(wide));
-    for (long k = 0; k < m; k++)
-        UNROLL for (int i = 0; i < I; i++)
-            UNROLL for (int v = 0; v < 2; v++) o[i][v] -= p[i * S + k] * *(const NAME(wide) *)(w + k * E + v * LANES / 2);
-    UNROLL for (int i = 0; i < I; i++)
-        UNROLL for (int v = 0; v < 2; v++)
-            *(NAME(part) *)(out + i * E + v * LANES / 2) = __builtin_convertvector(o[i][v], NAME(part));
-}
-
-/* The same of all rows. */
-TARGET static void NAME(missing)(long m, long E, const float *system, const float *w, const float *b, float *out,
-                                 float *room)
-{
-    const long S = PADDED(m);
-    double *p = (double *)TAKE(2 * m * S), *wide = (double *)TAKE(2 * m * E);
-    for (long i = 0; i < m; i++)
-        for (long k = 0; k < m; k++) p[i * S + k] = system[i * m + k];
-    NAME(widen)(m * E, w, wide);
-    for (long n = 0; n < E; n += LANES) {
-        long i = 0;
-        for (; i + 4 <= m; i += 4) NAME(missing_tile)(4, m, p + i * S, S, wide + n, E, b + i * E + n, out + i * E + n);
-        for (; i < m; i++) NAME(missing_tile)(1, m, p + i * S, S, wide + n, E, b + i * E + n, out + i * E + n);
-    }
-}
-
-/* w = M b, and w + M(b - P w) as often as there are to be corrections, in padded rows. What is missing is at last
-   computed in double precision, as _attend.py says. */
-TARGET static void NAME(solve)(const struct attention *t, long element, const float *b, float *w, float *rest,
-                               float *room)
+/* w = M b, and w + M(b - P w) as often as there are to be corrections, in padded rows, what is missing being computed in
+   double precision, as _attend.py says. */
+TARGET static void NAME(solve)(const struct attention *t, long element, const double *b, float *w, float *room)
 {
     const long m = t->m, E = PADDED(t->e), along = t->transposed_core ? 1 : m;
-    const float *core = t->core + element * m * m, *system = t->corrections ? t->system + element * m * m : 0;
-    NAME(product)(m, E, m, core, along, m + 1 - along, b, E, w, E, SETS);
-    for (long left = t->corrections - 1; left >= 0; left--) {
-        if (left) {
-            NAME(product)(m, E, m, system, m, 1, w, E, rest, E, SETS);
-            for (long k = 0; k < m * E; k++) rest[k] = b[k] - rest[k];
-        } else
-            NAME(missing)(m, E, system, w, b, rest, room);
+    const float *core = t->core + element * m * m;
+    const double *system = t->corrections ? t->system + element * m * m : 0;
+    double *wide_w = (double *)TAKE(2 * m * E), *image = (double *)TAKE(2 * m * E);
+    float *rest = TAKE(m * E);
+    for (long k = 0; k < m * E; k++) rest[k] = b[k];
+    NAME(product)(m, E, m, core, along, m + 1 - along, rest, E, w, E, SETS);
+    for (long left = t->corrections; left > 0; left--) {
+        NAME(widen)(m * E, w, wide_w);
+        NAME(wide_product)(m, E, m, system, m, wide_w, E, image, E);
+        for (long k = 0; k < m * E; k++) rest[k] = b[k] - image[k];
         NAME(product)(m, E, m, core, along, m + 1 - along, rest, E, w, E, ADDS);
     }
 }
 
-/* The points from first to last of an element. With c_kept C is left there by SUMS, and found by others. */
+/* The points from first to last of an element. With c_kept C is left there by SUMS, and found by others; what is summed
+   are differences from parents. */
 TARGET static void NAME(pass)(const struct attention *t, int what, long element, long first, long last,
                               const struct NAME(landmarks) *y, const float *w, const float *s, float *sums,
                               float *c_kept, float *room)
@@ -262,15 +240,12 @@ TARGET static void NAME(pass)(const struct attention *t, int what, long element,
         if (!found || what == COTANGENTS) NAME(points)(t, p, x);
         if (!found) {
             NAME(transpose)(p.count, D, (struct block){x, D}, x_t);
-            NAME(gaussians)(t, what, y, x_t, c, p.count, next);
+            NAME(gaussians)(t, what, y, x_t, c, what == SUMS ? h : 0, p.count, next);
         }
         if (what == SUMS) {
             const struct block v = NAME(read)(&t->summed, p, e, v_room);
-            /* Sums of differences: their roundings are small as these are. */
-            NAME(add_parents)(y, m, c, BLOCK, PADDED(p.count), -1);
-            NAME(product)(m, E, p.count, c, BLOCK, 1, v.at, v.stride, of_block, E, SETS);
+            NAME(product)(m, E, p.count, y->near ? h : c, BLOCK, 1, v.at, v.stride, of_block, E, SETS);
             NAME(accumulate)(m * E, of_block, sums);
-            if (c_kept) NAME(add_parents)(y, m, c, BLOCK, PADDED(p.count), 1);
         } else if (what == PRODUCT)
             NAME(apply)(&t->out, p, e, m, c, w, SETS, out);
         else {
@@ -306,7 +281,7 @@ TARGET static void NAME(landmark_cotangents)(const struct attention *t, long ele
         for (long k = 0; k < e; k++) sums[j] += w_bar[j * E + k] * w[j * E + k] + sigma[j * e + k] * s[j * E + k];
     }
     if (t->of_gram) {
-        const float *system = t->system + element * m * m;
+        const double *system = t->system + element * m * m;
         for (long k = 0; k < e; k++)
             for (long j = 0; j < S; j++) {
                 w_t[k * S + j] = j < m ? w[j * E + k] : 0;
@@ -316,7 +291,7 @@ TARGET static void NAME(landmark_cotangents)(const struct attention *t, long ele
         NAME(product)(m, S, e, w, E, 1, s_t, S, g, S, ADDS);
         for (long i = 0; i < m; i++) {
             g[i * S + i] = 0;
-            for (long j = 0; j < m; j++) sums[i] += g[i * S + j] *= -system[i * m + j];
+            for (long j = 0; j < m; j++) sums[i] += g[i * S + j] *= -(float)system[i * m + j];
         }
         NAME(product)(m, D, m, g, S, 1, y->z, D, z_bar, D, ADDS);
     }
@@ -335,35 +310,31 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
     const long first = item % chunks * CHUNK, last = whole ? t->n : LEAST(first + CHUNK, t->n);
     float *z = TAKE(m * D), *half_z = TAKE(m), *step = TAKE(m * D), *fall = TAKE(m), *parent = TAKE(m);
     struct NAME(landmarks) y = {z, half_z, step, fall, (int32_t *)parent, 0, 0};
-    float *w = TAKE(m * E), *s = TAKE(m * E), *sums = TAKE(m * W), *spare = TAKE(m * E);
-    float *w_bar = TAKE(m * E);
-    if (what == SOLUTION) {
-        NAME(pad)(m, e, t->sums + element * m * e, s);
-        NAME(solve)(t, element, s, w, spare, room);
-        NAME(unpad)(m, e, w, t->w + element * m * e);
-        return;
-    }
-    float *c = whole ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
+    float *w = TAKE(m * E), *s = TAKE(m * E), *sums = TAKE(m * W), *w_bar = TAKE(m * E);
+    double *wide_sums = (double *)TAKE(2 * m * E);
+    float *c = whole && what != SOLUTION ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
     NAME(prepare)(t, element, &y, room);
     if (what == PRODUCT || what == COTANGENTS || what == BACKWARD) NAME(pad)(m, e, t->w + element * m * e, w);
     if (what == COTANGENTS) NAME(pad)(m, e, t->sigma_bar + element * m * e, s);
     memset(sums, 0, sizeof(float) * m * W);
     if (whole) {
-        float *solved = what == FORWARD ? w : s;
-        NAME(pass)(t, SUMS, element, first, last, &y, 0, 0, sums, c, room);
-        NAME(add_parents)(&y, m, sums, E, E, 1);
-        NAME(solve)(t, element, sums, solved, spare, room);
-        NAME(unpad)(m, e, sums, t->sums + element * m * e);
-        NAME(unpad)(m, e, solved, (what == FORWARD ? t->w : t->sigma_bar) + element * m * e);
-        memcpy(w_bar, sums, sizeof(float) * m * E);
+        float *solved = what == BACKWARD ? s : w;
+        if (what == SOLUTION)
+            NAME(pad)(m, e, t->sums + element * m * e, sums);
+        else
+            NAME(pass)(t, SUMS, element, first, last, &y, 0, 0, sums, c, room);
+        NAME(widen)(m * E, sums, wide_sums);
+        NAME(add_parents)(&y, m, wide_sums, E);
+        for (long k = 0; k < m * E; k++) w_bar[k] = wide_sums[k];
+        NAME(unpad)(m, e, w_bar, t->sums + element * m * e);
+        NAME(solve)(t, element, wide_sums, solved, room);
+        NAME(unpad)(m, e, solved, (what == BACKWARD ? t->sigma_bar : t->w) + element * m * e);
+        if (what == SOLUTION) return;
         memset(sums, 0, sizeof(float) * m * W);
         what = what == FORWARD ? PRODUCT : COTANGENTS;
     }
     NAME(pass)(t, what, element, first, last, &y, w, s, sums, c, room);
-    if (what == SUMS) {
-        NAME(add_parents)(&y, m, sums, E, E, 1);
-        NAME(unpad)(m, e, sums, t->sums + item * m * e);
-    }
+    if (what == SUMS) NAME(unpad)(m, e, sums, t->sums + item * m * e);
     if (whole && what == COTANGENTS)
         NAME(landmark_cotangents)(t, element, &y, w_bar, w, s, sums, room);
     else if (what == COTANGENTS)

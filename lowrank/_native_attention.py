@@ -73,6 +73,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """X, σ and w, as ``_attend.forward`` has them."""
     call = _Call(q, z, v, centre, scale)
+    core = call.inverse(core)
     out = call.writes("out", v)
     call.reads(summed=v)
     if call.is_whole(core):
@@ -80,8 +81,7 @@ def forward(
         sums, weights = call.makes("sums"), call.makes("w")
         call.run(FORWARD)
     else:
-        sums = call.by_chunks("sums", SUMS)
-        weights = call.solution(core, system, sums, xp)
+        sums, weights = call.solution(core, system, call.by_chunks("sums", SUMS), xp)
         call.packs(w=weights)
         call.run(PRODUCT)
     return out, sums, weights
@@ -104,6 +104,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q̄, z̄, v̄, and M̄ or P̄, as ``_attend.backward`` has them."""
     call = _Call(q, z, v, centre, scale)
+    core = call.inverse(core)
     q_bar, v_bar = call.writes("q_bar", q), call.writes("v_bar", v)
     call.reads(summed=g, v=v, g=g)
     if call.is_whole(core):
@@ -114,11 +115,11 @@ def backward(
         call.run(BACKWARD)
         inner = None if of_gram else inner_cotangent(system, w_bar, sigma_bar, sums, weights)
         return q_bar, z_bar, v_bar, inner
-    w_bar = call.by_chunks("sums", SUMS)
-    sigma_bar = call.solution(xp.matrix_transpose(core) if system is None else core, system, w_bar, xp)
+    inverse = xp.matrix_transpose(core) if system is None else core
+    w_bar, sigma_bar = call.solution(inverse, system, call.by_chunks("sums", SUMS), xp)
     call.packs(w=weights, sigma_bar=sigma_bar)
     from_q = call.by_chunks("from_q", COTANGENTS)
-    given = w_bar, sigma_bar, sums, weights, system, call.arrays["z"]
+    given = w_bar, sigma_bar, sums, weights, system, (z - centre) * scale
     z_bar, inner = landmark_cotangents(from_q, *given, scale, xp, of_gram=of_gram)
     return q_bar, z_bar, v_bar, inner
 
@@ -132,7 +133,12 @@ class _Call:
         self.task = Task(heads=heads, elements=elements, n=n, m=m, d=d, e=e, scale=scale)
         self.arrays: dict[str, Tensor] = {}
         self.reads(q=q)
-        self.packs(centre=centre, z=(z - centre) * scale)
+        self.packs(centre=centre, z=z)
+
+    def inverse(self, core: Tensor | Factor) -> Tensor | Factor:
+        """Of few landmarks the matrix itself, which the kernels take."""
+        few = isinstance(core, Factor) and self.task.m <= MOST_LANDMARKS
+        return torch.cholesky_inverse(core.lower) if few else core
 
     def is_whole(self, core: Tensor | Factor) -> bool:
         """Whether elements are small enough, and enough of them, for one thread each."""
@@ -173,19 +179,21 @@ class _Call:
     def solves(self, core: Tensor, system: Tensor | None, *, transposed: bool = False) -> None:
         self.packs(core=core)
         if system is not None:
-            self.packs(system=system)
+            self.packs(system=system.to(torch.float64))
             self.task.corrections = CORRECTIONS
         self.task.transposed_core = transposed
 
-    def solution(self, core: Tensor | Factor, system: Tensor | None, sums: Tensor, xp: Namespace) -> Tensor:
-        """What ``applied`` computes, of few landmarks in one call."""
-        if isinstance(core, Factor) or self.task.m > MOST_LANDMARKS:
-            return applied(core, system, sums, xp)
+    def solution(
+        self, core: Tensor | Factor, system: Tensor | None, differences: Tensor, xp: Namespace
+    ) -> tuple[Tensor, Tensor]:
+        """σ for sums over all chunks, which are differences from those of parents, and w as ``applied`` has it."""
+        if isinstance(core, Factor) or self.task.m > MOST_LANDMARKS:  # so many have no parents
+            return differences, applied(core, system, differences, xp)
         self.solves(core, system)
-        self.packs(sums=sums)
+        self.packs(sums=differences)
         w = self.makes("w")
         self.run(SOLUTION)
-        return w
+        return self.arrays["sums"], w
 
     def run(self, what: int) -> None:
         _native.run("lowrank_attend", self.task, what)

@@ -27,44 +27,28 @@ TARGET static float NAME(missed)(const struct core *t, const float *p, const flo
     return sum;
 }
 
-/* z = h + l with h of so few digits that products of two are exact, and u = h + l/2. */
-TARGET static void NAME(split)(long n, float large, const float *z, float *h, float *l, float *u)
-{
-    for (long i = 0; i < n; i++) h[i] = (z[i] + large) - large, l[i] = z[i] - h[i], u[i] = h[i] + 0.5f * l[i];
-}
-
-/* A and P. Where landmarks are close an error of A counts cond(P) times, and that of an exponent by the expansion is
-   one of A. So z'z = h'h + (l'u + u'l), and what the exponent rounds away is a factor. */
+/* A, and P in double precision: where landmarks are close an error of P counts cond(P) times. */
 TARGET static void NAME(gram)(const struct core *t, long item, float *room)
 {
-    const long m = t->m, d = t->d, S = PADDED(m), D = PADDED(d), B = BLOCK;
-    float *z = TAKE(m * D), *h = TAKE(m * D), *l = TAKE(m * D), *u = TAKE(m * D), *half = TAKE(2 * S);
-    float *z_t = TAKE(D * B), *h_t = TAKE(D * B), *l_t = TAKE(D * B), *u_t = TAKE(D * B);
-    float *high = TAKE(m * S), *low = TAKE(m * S);
-    NAME(pad)(m, d, t->z + item * m * d, z);
-    NAME(transpose)(m, D, (struct block){z, D}, z_t);
-    const float large = 1.5f * (1 << 15) * NAME(power)(m * D, z); /* its last digit is the last of h */
-    NAME(split)(m * D, large, z, h, l, u);
-    for (long k = 0; k < d; k++) NAME(split)(S, large, z_t + k * B, h_t + k * B, l_t + k * B, u_t + k * B);
-    NAME(product)(m, S, d, h, D, 1, h_t, B, high, S, SETS);
-    NAME(product)(m, S, d, l, D, 1, u_t, B, low, S, SETS);
-    NAME(product)(m, S, d, u, D, 1, l_t, B, low, S, ADDS);
-    /* The squares are the products' own, which makes k(z, z) = 1. */
-    float *half_high = half, *half_low = half + S;
-    for (long j = 0; j < S; j++) {
-        half_high[j] = j < m ? 0.5f * high[j * S + j] : 0;
-        half_low[j] = j < m ? 0.5f * low[j * S + j] : 0;
-    }
-    for (long i = 0; i < m; i++)
-        for (long j = 0; j < S; j += LANES) {
-            const vec a = *(vec *)(high + i * S + j) - (*(vec *)(half_high + j) + half_high[i]);
-            const vec b = *(vec *)(low + i * S + j) - (*(vec *)(half_low + j) + half_low[i]);
-            const vec y = a + b, added = y - a, lost = (a - (y - added)) + (b - added), k = NAME(exp)(y, 1);
-            *(vec *)(high + i * S + j) = k + k * NAME(choose)(lost == lost, lost, (vec){0});
+    const long m = t->m, d = t->d, S = PADDED(m);
+    const double *z = t->z + item * m * d;
+    double *z_t = (double *)TAKE(2 * d * S), *product = (double *)TAKE(2 * m * S), *half = (double *)TAKE(2 * S);
+    double *system = t->system + item * m * m;
+    float *a = t->a + item * m * m;
+    for (long k = 0; k < d; k++)
+        for (long j = 0; j < S; j++) z_t[k * S + j] = j < m ? z[j * d + k] : 0;
+    NAME(wide_product)(m, S, d, z, d, z_t, S, product, S);
+    /* The squares are the product's own, which makes k(z, z) = 1. */
+    for (long j = 0; j < S; j++) half[j] = j < m ? 0.5 * product[j * S + j] : 0;
+    for (long i = 0; i < m; i++) {
+        double *row = product + i * S;
+        for (long j = 0; j < S; j += LANES / 2) {
+            const wide y = *(wide *)(row + j) - (*(wide *)(half + j) + half[i]);
+            *(wide *)(row + j) = NAME(wide_exp)((wide)((wide_bits)y & ~(y > (wide){0})));
         }
-    NAME(unpad)(m, m, high, t->a + item * m * m);
-    for (long i = 0; i < m; i++) high[i * S + i] += t->ridge;
-    NAME(unpad)(m, m, high, t->system + item * m * m);
+        for (long j = 0; j < m; j++) a[i * m + j] = system[i * m + j] = row[j];
+        system[i * m + i] += t->ridge;
+    }
 }
 
 /* M, and whether it is an inverse. */
@@ -74,7 +58,7 @@ TARGET static void NAME(invert)(const struct core *t, long item, float *room)
     float *p = TAKE(m * S), *x = TAKE(m * S), *e = TAKE(m * S), *g = TAKE(m * S);
     NAME(pad)(m, m, t->a + item * m * m, p);
     for (long i = 0; i < m * S; i++) p[i] *= t->scale;
-    for (long i = 0; i < m; i++) p[i * S + i] += t->scale * t->ridge;
+    for (long i = 0; i < m; i++) p[i * S + i] += t->scale * (float)t->ridge;
     /* The first step starts from a multiple of I, and so is in powers of P. */
     const float *c = t->steps;
     if (c[2] != 0) NAME(product)(m, S, m, p, S, 1, p, S, e, S, SETS);

@@ -69,13 +69,15 @@ struct rows {
 };
 
 /* What is summed is v or g. Arrays that are not rows are packed, with the elements of both batch axes on one: c
-   (elements, d), z = (landmarks - c)s (elements, m, d), M, transposed or not, and P (elements, m, m), which are read of
-   whole elements alone, w, sigma_bar and sigma = C'v (elements, m, e), sums (elements, chunks, m, e), H'x (elements,
+   (elements, d), z, the landmarks as they are (elements, m, d), M, transposed or not, and P (elements, m, m), which are
+   read of whole elements alone, w, sigma_bar and sigma = C'v (elements, m, e), sums (elements, chunks, m, e), H'x (elements,
    chunks, m, d), z_bar (elements, m, d). */
 struct attention {
     int64_t heads, elements, n, m, d, e, transposed_core, corrections, of_gram;
     struct rows q, summed, v, g, out, q_bar, v_bar;
-    const float *centre, *z, *core, *system, *sigma;
+    const float *centre, *z, *core;
+    const double *system;
+    const float *sigma;
     float *w, *sigma_bar, *sums, *from_q, *z_bar;
     float scale;
 };
@@ -86,10 +88,14 @@ enum { GRAM, INVERT };
 
 struct core {
     int64_t elements, m, d, count, probed;
-    const float *z, *steps, *probes;
-    float *a, *system, *inverse;
+    const double *z;
+    const float *steps, *probes;
+    float *a;
+    double *system;
+    float *inverse;
     char *valid;
-    float ridge, scale, most;
+    double ridge;
+    float scale, most;
 };
 
 /* x, a and g, out, and their cotangents (elements, m, m); count steps. */
@@ -198,11 +204,11 @@ static size_t room_of(const struct attention *t, int what)
 {
     const size_t m = t->m, D = PADDED(t->d), E = PADDED(t->e), W = MOST(D, E);
     const size_t blocks = is_whole(what) && what != SOLUTION ? (t->n + BLOCK - 1) / BLOCK : 1;
-    const size_t of_solution = is_whole(what) ? 2 * m * (PADDED(m) + E) : 0;
+    const size_t of_solution = is_whole(what) ? 5 * m * E : 0;
     const size_t of_landmarks = what == BACKWARD ? (2 * E + m + 1) * PADDED(m) : 0;
     const size_t of_parents = m <= BLOCK ? D * BLOCK + m * PADDED(m) : 0;
     const size_t of_blocks = BLOCK * (2 * D + 4 * E + W + m * (1 + blocks));
-    return of_blocks + m * (2 * D + 4 * E + 2 * W) + 3 * PADDED(m) + of_solution + of_landmarks + of_parents;
+    return of_blocks + m * (2 * D + 5 * E + 2 * W) + 3 * PADDED(m) + of_solution + of_landmarks + of_parents;
 }
 
 #if defined(__x86_64__)
@@ -306,7 +312,7 @@ int lowrank_attend(const struct attention *task, int what, int lanes, long threa
 int lowrank_core(const struct core *t, int what, int lanes, long threads, parallel *together)
 {
     const long m = t->m, d = t->d, S = PADDED(m), products = what == GRAM ? d : 2 * t->count * m;
-    const long of_gram = 4 * (m + BLOCK) * PADDED(d) + 2 * (m + 1) * S, of_inverse = (4 * m + 2 * t->probed) * S;
+    const long of_gram = 2 * (d + m + 1) * S, of_inverse = (4 * m + 2 * t->probed) * S;
     struct team team = {BY_LANES(cores, lanes), t, what == GRAM ? of_gram : of_inverse, what, t->elements, 0};
     return run(&team, LEAST(threads, t->elements * m * m * products / GRAIN + 1), together);
 }

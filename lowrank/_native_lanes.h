@@ -7,9 +7,12 @@ typedef uint32_t NAME(ubits) __attribute__((vector_size(4 * LANES), aligned(4), 
 typedef float NAME(aligned) __attribute__((vector_size(4 * LANES), may_alias));
 typedef float NAME(part) __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 typedef double NAME(wide) __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
+typedef int64_t NAME(wide_bits) __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
 #define vec NAME(vec)
 #define bits NAME(bits)
 #define ubits NAME(ubits)
+#define wide NAME(wide)
+#define wide_bits NAME(wide_bits)
 
 /* To memory past the caches, where it is aligned: what was there is not read, and nothing makes room for it. */
 INLINE TARGET void NAME(stream)(float *to, vec x)
@@ -74,13 +77,13 @@ TARGET static void NAME(product)(long M, long N, long K, const float *A, long si
                                  float *O, long so, int how)
 {
     const long parts = MOST(1, (K + DEEP - 1) / DEEP);
-    for (long n = 0, wide; n < N; n += wide) {
-        wide = N - n >= 2 * LANES ? 2 * LANES : LANES;
+    for (long n = 0, breadth; n < N; n += breadth) {
+        breadth = N - n >= 2 * LANES ? 2 * LANES : LANES;
         for (long part = 0; part < parts; part++) {
             const long k = K * part / parts, deep = K * (part + 1) / parts - k;
             const int now = part ? ADDS : parts > 1 && how == STREAMS ? SETS : how;
             const float *a = A + k * sk, *b = B + k * sb + n;
-            if (wide > LANES)
+            if (breadth > LANES)
                 NAME(tiles)(M, 2, deep, a, si, sk, b, sb, O + n, so, now);
             else
                 NAME(tiles)(M, 1, deep, a, si, sk, b, sb, O + n, so, now);
@@ -88,20 +91,57 @@ TARGET static void NAME(product)(long M, long N, long K, const float *A, long si
     }
 }
 
-/* exp(y) for |y| <= -LOWEST. */
-INLINE TARGET vec NAME(exp_of)(vec y)
+/* exp(y) = 2^n exp(r), |r| <= log(2)/2, for |y| <= -LOWEST: (exp(r) - 1)/r to 2e-9, by weighted least squares, and n
+   beside it in the lowest bits of a float. */
+struct NAME(parts_of_exp) {
+    vec r, p, shifted;
+};
+
+INLINE TARGET struct NAME(parts_of_exp) NAME(exp_parts)(vec y)
 {
-    const vec zero = {0};
     const vec shifted = y * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the lowest bits are the integer nearest to y/log 2 */
     const vec n = shifted - 12582912.0f, r = y - n * 0.693359375f - n * -2.12194440e-4f;
-    vec p = zero + 1.3843653430e-03f; /* exp(r) for |r| <= log(2)/2, to 2e-9: weighted least squares, with 1 at 0 */
+    vec p = (vec){0} + 1.3843653430e-03f;
     p = p * r + 8.3741553316e-03f;
     p = p * r + 4.1668002038e-02f;
     p = p * r + 1.6666431262e-01f;
     p = p * r + 4.9999994210e-01f;
     p = p * r + 1.0000000322e+00f;
-    p = p * r + 1.0f;
-    return (vec)((ubits)p + ((ubits)shifted << 23));
+    return (struct NAME(parts_of_exp)){r, p, shifted};
+}
+
+INLINE TARGET vec NAME(exp_of)(vec y)
+{
+    const struct NAME(parts_of_exp) e = NAME(exp_parts)(y);
+    return (vec)((ubits)(e.p * e.r + 1.0f) + ((ubits)e.shifted << 23));
+}
+
+/* exp(y) - 1, small as y is. */
+INLINE TARGET vec NAME(expm1_of)(vec y)
+{
+    const struct NAME(parts_of_exp) e = NAME(exp_parts)(y);
+    const vec power = (vec)(((ubits)e.shifted << 23) + 0x3f800000);
+    return power * (e.r * e.p) + (power - 1.0f);
+}
+
+/* exp(y) to 1e-12, or 0 below LOWEST, for y <= 0; what is no number stays so. */
+INLINE TARGET wide NAME(wide_exp)(wide y)
+{
+    const wide shifted = y * 1.4426950408889634 + 6755399441055744.0; /* 1.5 * 2^52, as above */
+    const wide n = shifted - 6755399441055744.0, r = y - n * 0.6931471805599453;
+    wide p = (wide){0} + 1.0 / 3628800; /* Taylor's */
+    p = p * r + 1.0 / 362880;
+    p = p * r + 1.0 / 40320;
+    p = p * r + 1.0 / 5040;
+    p = p * r + 1.0 / 720;
+    p = p * r + 1.0 / 120;
+    p = p * r + 1.0 / 24;
+    p = p * r + 1.0 / 6;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    const wide_bits scaled = ((wide_bits)p + ((wide_bits)shifted << 52)) & (y >= (wide){0} + LOWEST), unknown = y != y;
+    return (wide)((scaled & ~unknown) | ((wide_bits)y & unknown));
 }
 
 /* exp(min(x, 0)), or 0 below LOWEST. What is no number stays so if careful. */
@@ -115,6 +155,37 @@ INLINE TARGET vec NAME(exp)(vec x, int careful)
 
 /* What holds is x, and what does not y. */
 INLINE TARGET vec NAME(choose)(bits holds, vec x, vec y) { return (vec)((holds & (bits)x) | (~holds & (bits)y)); }
+
+/* n numbers in double precision, n a multiple of LANES. */
+TARGET static void NAME(widen)(long n, const float *x, double *out)
+{
+    for (long i = 0; i < n; i += LANES / 2)
+        *(wide *)(out + i) = __builtin_convertvector(*(const NAME(part) *)(x + i), wide);
+}
+
+/* AB in double precision: I < 5 rows of A, in rows of sa, and LANES columns. */
+INLINE TARGET void NAME(wide_tile)(int I, long K, const double *A, long sa, const double *B, long sb, double *O, long so)
+{
+    wide o[4][2];
+    UNROLL for (int i = 0; i < I; i++)
+        UNROLL for (int v = 0; v < 2; v++) o[i][v] = (wide){0};
+    for (long k = 0; k < K; k++)
+        UNROLL for (int i = 0; i < I; i++)
+            UNROLL for (int v = 0; v < 2; v++) o[i][v] += A[i * sa + k] * *(const wide *)(B + k * sb + v * LANES / 2);
+    UNROLL for (int i = 0; i < I; i++)
+        UNROLL for (int v = 0; v < 2; v++) *(wide *)(O + i * so + v * LANES / 2) = o[i][v];
+}
+
+/* The same of M rows and N columns, N a multiple of LANES. */
+TARGET static void NAME(wide_product)(long M, long N, long K, const double *A, long sa, const double *B, long sb,
+                                      double *O, long so)
+{
+    for (long n = 0; n < N; n += LANES) {
+        long i = 0;
+        for (; i + 4 <= M; i += 4) NAME(wide_tile)(4, K, A + i * sa, sa, B + n, sb, O + i * so + n, so);
+        for (; i < M; i++) NAME(wide_tile)(1, K, A + i * sa, sa, B + n, sb, O + i * so + n, so);
+    }
+}
 
 /* The transpose, (N, count) in rows of BLOCK, of rows (count, N), N a multiple of LANES, and 0 up to PADDED(count). */
 TARGET static void NAME(transpose)(long count, long N, struct block rows, float *out)
@@ -183,6 +254,8 @@ TARGET static void NAME(accumulate)(long n, const float *x, float *sums)
 #undef vec
 #undef bits
 #undef ubits
+#undef wide
+#undef wide_bits
 #undef NAME
 #undef TARGET
 #undef LANES

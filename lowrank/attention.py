@@ -33,6 +33,7 @@ from lowrank._array import (
     number,
     shown,
     stop_gradient,
+    widest_real,
     writes,
 )
 from lowrank.kernels import _checked_lengthscale
@@ -150,7 +151,7 @@ def softmax_free_attention(
         c = _centre(z, landmark_mask, xp)
         usual = inverse is None and ridge > 0 and landmark_mask is None and queries is None and not normalize
         if usual and _is_in_blocks(x, z, v):
-            core, system = _gram_core(stop_gradient((z - c) * scale), ridge, method, xp)
+            core, system = _gram_core(stop_gradient(z), c, scale, ridge, method, xp)
             out = _attended(x, z, v, core, system, c, scale, xp, ridge=ridge)
         else:
             core, system = _core((z - c) * scale, landmark_mask, ridge, normalize, method, inverse, xp)
@@ -189,23 +190,30 @@ def _centre(z: Array, landmark_mask: Array | None, xp: Namespace) -> Array:
     return stop_gradient(xp.sum(z, axis=-2, keepdims=True) / count)
 
 
-def _gram_core(z: Array, ridge: float, method: str, xp: Namespace) -> tuple[Array | _attend.Factor, Array]:
-    """M and P = k(z, z) + δI, as ``_core`` has them, in few operations: for blocks, whose way back knows P's."""
-    a, system = _gram(z, ridge, xp)
+def _gram_core(
+    z: Array, centre: Array, scale: float, ridge: float, method: str, xp: Namespace
+) -> tuple[Array | _attend.Factor, Array]:
+    """M and P = k(z, z) + δI, as ``_core`` has them, in few operations: for blocks, whose way back knows P's.
+
+    P is of double precision where the device has it: errors of P, and of how far landmarks are from each other, count
+    cond(P) times.
+    """
+    wide = widest_real(z, xp)
+    a, system = _gram((xp.astype(z, wide) - xp.astype(centre, wide)) * scale, ridge, z.dtype, xp)
     if _is_factored(a, method):
-        return _attend.Factor(cholesky(system, xp)), system
+        return _attend.Factor(cholesky(xp.astype(system, z.dtype, copy=False), xp)), system
     return _approximate_inverse(a, ridge, method, xp), system
 
 
-def _gram(z: Array, ridge: float, xp: Namespace) -> tuple[Array, Array]:
-    """k(z, z) and k(z, z) + δI."""
+def _gram(z: Array, ridge: float, dtype: Any, xp: Namespace) -> tuple[Array, Array]:
+    """k(z, z) in the dtype, and k(z, z) + δI in that of z."""
     if compat.is_torch_array(z):
         from lowrank import _native_core
 
-        if _native_core.applies(z):
+        if dtype == xp.float32 and _native_core.applies(z, xp.float64):
             return _native_core.gram(z, ridge)
     a = _attend.gram(z, xp)
-    return a, add_to_diagonal(xp.asarray(a, copy=True), ridge, xp)
+    return xp.astype(a, dtype), add_to_diagonal(a, ridge, xp)
 
 
 def _core(

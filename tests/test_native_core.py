@@ -27,7 +27,7 @@ def landmarks(*shape, spread=0.5, seed=0):
 
 def core_of(z, ridge):
     """M and P."""
-    a, system = _native_core.gram(z, ridge)
+    a, system = _native_core.gram(z.double(), ridge)
     return attention._approximate_inverse(a, ridge, "newton", XP), system
 
 
@@ -48,10 +48,10 @@ def test_they_are_the_gram_matrix_and_nearly_its_inverse(shape, spread, ridge, w
     core, system = core_of(z, ridge)
     exact, eye = gaussian_kernel(z.double(), z.double()), torch.eye(m, dtype=torch.float64)
     assert core.shape == system.shape == (*shape[:-1], m)
-    # What is not exact of the expansion's exponent is off by some EPS of 2⁻⁹‖z‖².
-    size = z.square().sum(-1).amax() if z.numel() else 0
     assert torch.equal(system, system.mT)
-    assert ((system - (exact + ridge * eye)).abs() <= EPS * (size / 64 + 1.5 + ridge)).all()
+    # The kernels' exponential, and the expansion's rounding, of d products.
+    size = z.double().square().sum(-1).amax()
+    assert ((system - (exact + ridge * eye)).abs() <= 1e-12 + 8 * shape[-1] * size * 2.0**-52).all()
     left, rounding = tolerance(z)
     off = torch.linalg.matrix_norm(eye - core.double() @ system.double(), 2)
     assert (off <= left + rounding * (1 + m / ridge)).all()
@@ -80,9 +80,8 @@ def test_an_element_that_is_no_number_or_too_far_out_is_nan():
 
 
 def test_a_matrix_that_is_not_definite_is_nan():
-    """Of landmarks far from the origin rounding exceeds the ridge."""
-    z = landmarks(1, 30, 4, spread=0.01) + 3e3
-    core, _ = core_of(z, 1e-4)
+    """Of landmarks that nearly coincide rounding of A exceeds the ridge."""
+    core, _ = core_of(landmarks(1, 30, 4, spread=0.01), 1e-9)
     assert core.isnan().all()
 
 
