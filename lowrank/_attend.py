@@ -16,6 +16,16 @@ corrections w ← w + M(σ − P w) with M held fixed and σ − P w in double p
 this makes X ten to a hundred times as accurate where landmarks nearly coincide, and z̄ a hundred times (N. J. Higham,
 "Accuracy and Stability of Numerical Algorithms", 2002, chapter 12, on iterative refinement). The Cholesky factor of P
 can take the place of M: to solve with it is nearly as accurate, and one correction is enough.
+
+What is left is σ's own error, where the rows of C of landmarks that are close are rounded apart from one another. So
+what is summed for a landmark z that has an earlier one, p, nearby, its parent, is the difference of their rows,
+
+    c_z − c_p = −c_z expm1(−t),   t = s²(q − (z + p)/2)ᵀ(z − p),
+
+whose error is small as the difference is, and the σ of the parent is added in double precision. z − p is that of the
+landmarks as they are given, before rounding of anything else, and P is of double precision too (``nearby``, and
+``_gram`` in ``attention``). In float32 z̄ is then right to 1e-6, where landmarks in pairs, clusters or all together
+nearly coincide; without it, and so by the formula in float32, to 1e-4.
 """
 
 from __future__ import annotations
@@ -57,6 +67,10 @@ _CPU_BLOCKS, _GPU_BLOCKS = 2, 1
 # Each correction multiplies the error of w by I − MP once more: where that is eps^⅓, two leave eps. The derivative that
 # a library takes of the corrections, M held fixed, has the error 3‖I − MP‖², and that of ``backward`` the error of w.
 CORRECTIONS = 2
+# In lengthscales. Of landmarks farther apart rounding of two rows of C is no larger than of their difference.
+NEAR = 0.5
+# Of −t: where it is larger C is 0 already, and their product is to stay so.
+_STEEP = 80.0
 
 
 class Factor(NamedTuple):
@@ -68,13 +82,48 @@ class Factor(NamedTuple):
         return solve_cholesky(self.lower, b)
 
 
+class Nearby(NamedTuple):
+    """What differs between landmarks and their parents: s(z − p), a column each, 0 where there is no parent; what with
+    −sxᵀ(z − p) gives −t, −∞ there; and I less a 1 for each parent."""
+
+    steps: Array  # (..., d, m)
+    falls: Array  # (..., 1, m)
+    links: Array  # (..., m, m), of double precision
+
+    def sums(self, differences: Array, xp: Namespace) -> Array:
+        """σ, in double precision, for what is summed of the differences."""
+        return xp.linalg.solve(self.links, xp.astype(differences, self.links.dtype))
+
+
+def nearby(z: Array, centre: Array, scale: float, xp: Namespace) -> Nearby | None:
+    """Of landmarks (..., m, d): the parent of one is the nearest of those before it, if that is near. None where the
+    dtype is of double precision, or has none above it; and on a CPU where no landmark has a parent."""
+    wide = widest_real(z, xp)
+    if z.dtype == wide:
+        return None
+    order = xp.arange(z.shape[-2], device=device(z))
+    y = (z - centre) * scale
+    products = y @ xp.matrix_transpose(y)
+    half = 0.5 * xp.sum(y * y, axis=-1, keepdims=True)
+    close = xp.where(order < order[:, None], products - half - xp.matrix_transpose(half), -xp.inf)  # −‖y − y'‖²/2
+    has = xp.max(close, axis=-1, keepdims=True) > -0.5 * NEAR**2
+    if is_on_cpu(z) and not xp.any(has):
+        return None
+    parents = xp.astype(has & (order == xp.argmax(close, axis=-1, keepdims=True)), z.dtype)
+    # A product with zeros and one 1 is what it is of, exactly.
+    steps = xp.where(has, (z - parents @ z) * scale, xp.zeros_like(z))
+    falls = xp.where(has, 0.5 * xp.sum(steps * (y + parents @ y), axis=-1, keepdims=True), -xp.inf)
+    links = xp.astype(identity(products, xp) - parents, wide)
+    return Nearby(xp.matrix_transpose(steps), xp.matrix_transpose(falls), links)
+
+
 def plain(
     q: Array, z: Array, v: Array, core: Array | Factor, system: Array | None, centre: Array, scale: float, xp: Namespace
 ) -> Array:
     """The formula, all of C at once: for any library, any number of derivatives, any tracer."""
     x, values = (xp.astype(y, z.dtype, copy=False) for y in (q, v))
     c = gaussian_block((x - centre) * scale, (z - centre) * scale, xp)
-    return xp.astype(c @ corrected(core, system, xp.matrix_transpose(c) @ values), v.dtype, copy=False)
+    return xp.astype(c @ corrected(core, system, xp.matrix_transpose(c) @ values, xp), v.dtype, copy=False)
 
 
 def applied(core: Array | Factor, system: Array | None, sigma: Array, xp: Namespace) -> Array:
@@ -97,12 +146,14 @@ def applied(core: Array | Factor, system: Array | None, sigma: Array, xp: Namesp
     return w
 
 
-def corrected(core: Array | Factor, system: Array | None, sigma: Array) -> Array:
+def corrected(core: Array | Factor, system: Array | None, sigma: Array, xp: Namespace) -> Array:
     """The same to be differentiated: it is the corrections that depend on P."""
     w = core @ sigma
     if system is not None:
+        wide = system.dtype
         for _ in range(CORRECTIONS):
-            w = w + core @ (sigma - system @ w)
+            missing = xp.astype(sigma, wide, copy=False) - system @ xp.astype(w, wide, copy=False)
+            w = w + core @ xp.astype(missing, w.dtype, copy=False)
     return w
 
 
@@ -172,11 +223,12 @@ def forward(
     for group, blocks in plan.groups:
         z_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, core, system, centre))
         v_at = _together(v, group, blocks, "v", memory, xp)
-        block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, room, memory, xp)
+        near = None if system is None else nearby(z_, c_, scale, xp)
+        block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, near, room, memory, xp)
         sigma = None
         for rows in blocks:
-            sigma = _plus(sigma, xp.matrix_transpose(block.at(rows)), v_at(rows), xp)
-        w = applied(core_, system_, sigma, xp)
+            sigma = _plus(sigma, xp.matrix_transpose(block.summed(rows)), v_at(rows), xp)
+        sigma, w = _solved(core_, system_, near, sigma, xp)
         for rows in reversed(blocks):
             _put_product(out, group, rows, block.at(rows), w, "x0", memory, xp)
         found.append((sigma, w))
@@ -206,14 +258,15 @@ def backward(
     for group, blocks in plan.groups:
         z_, core_, system_, c_, sigma, w = (_flat(x, group, xp) for x in (z, core, system, centre, sums, weights))
         v_at, g_at = (_together(x, group, blocks, name, memory, xp) for x, name in ((v, "v"), (g, "g")))
-        z_ = z_ - c_
-        block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, room, memory, xp)
+        near, z_ = None if system is None else nearby(z_, c_, scale, xp), z_ - c_
+        block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, near, room, memory, xp)
         w_bar = None
         for rows in blocks:
             x = block.points(rows, _room(q_bar, group, rows, block.name_of_points(rows), memory, xp))
-            w_bar = _plus(w_bar, xp.matrix_transpose(block.at(rows, x)), g_at(rows), xp)
+            w_bar = _plus(w_bar, xp.matrix_transpose(block.summed(rows, x)), g_at(rows), xp)
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
-        sigma_bar = applied(xp.matrix_transpose(core_) if system_ is None else core_, system_, w_bar, xp)
+        inverse = xp.matrix_transpose(core_) if system_ is None else core_
+        w_bar, sigma_bar = _solved(inverse, system_, near, w_bar, xp)
         w_t, sigma_bar_t, from_q = transposed_copy(w, xp), transposed_copy(sigma_bar, xp), None
         for rows in reversed(blocks):
             x = _room(q_bar, group, rows, block.name_of_points(rows), memory, xp)
@@ -231,6 +284,16 @@ def backward(
         None if parts[0] is None else _joined(parts, plan, q.shape[:2], xp) for parts in zip(*found, strict=True)
     )
     return q_bar, z_bar, v_bar, inner_bar
+
+
+def _solved(
+    core: Array | Factor, system: Array | None, near: Nearby | None, summed: Array, xp: Namespace
+) -> tuple[Array, Array]:
+    """σ and w for sums of what ``_Blocks.summed`` gives."""
+    if near is None:
+        return summed, applied(core, system, summed, xp)
+    sigma = near.sums(-summed, xp)
+    return xp.astype(sigma, summed.dtype), applied(core, system, sigma, xp)
 
 
 class _Plan(NamedTuple):
@@ -306,6 +369,7 @@ class _Blocks:
         centre: Array,
         scale: float,
         blocks: list[slice],
+        near: Nearby | None,
         places: Array,
         memory: _Memory,
         xp: Namespace,
@@ -314,6 +378,7 @@ class _Blocks:
         self.half_s2 = 0.5 * scale * scale
         self.rows, self.places = blocks[0].stop, places
         self.held: list[slice | None] = [None] * len(places)
+        self.near, self.minus_steps = near, near and near.steps * -scale
         # s²zᵀ and −s²‖z‖²/2, of which C is made.
         self.z_t = transposed_copy(z * (2 * self.half_s2), xp)
         self.half_z = xp.sum(z * z, axis=-1)[..., None, :] * -self.half_s2
@@ -351,6 +416,20 @@ class _Blocks:
             exp_of_negative(product_and_sums(x, self.z_t, half_x, self.half_z, c, self.xp), self.xp)
             self.held[place] = rows
         return c
+
+    def summed(self, rows: slice, x: Array | None = None) -> Array:
+        """C, or −1 times what differs from the rows of parents; of these points, and until the next call."""
+        if self.near is None:
+            return self.at(rows, x)
+        (batch, _, d), xp = self.z.shape, self.xp
+        if x is None:
+            x = self.points(rows, self.memory.take("x0", (batch, rows.stop - rows.start, d)))
+        c = self.at(rows, x)
+        h = stacked_product(x, self.minus_steps, xp, out=self.memory.take("h", c.shape))
+        h += self.near.falls
+        h = xp.expm1(xp.clip(h, max=_STEEP, out=h), out=h)
+        h *= c
+        return h
 
 
 def _flat(x: Any, group: tuple[slice, slice], xp: Namespace) -> Any:

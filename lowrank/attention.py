@@ -112,8 +112,10 @@ def softmax_free_attention(
     -----
     Distances are expanded, ‖q‖² + ‖z‖² − 2qᵀz, after subtraction of the mean landmark z̄, and clamped at zero:
     one product, whatever the values. The relative error of an entry of C is then of the order of
-    eps·‖q − z̄‖²/ℓ², and an entry of A has eps·‖z − z̄‖²/ℓ². Should the latter exceed the ridge, A + δ I may
-    cease to be positive definite, and ``pinv_newton`` answers NaN for that batch element.
+    eps·‖q − z̄‖²/ℓ². A is rounded from double precision, where the device has it (in traced programs it has an error of
+    eps·‖z − z̄‖²/ℓ²). Should rounding exceed the ridge, A + δ I may cease to be positive definite, and ``pinv_newton``
+    answers NaN for that batch element. Where landmarks are within ℓ/2 of others, differences of columns of C are summed
+    instead of these, for derivatives in the landmarks to be right to rounding (docs/attention.md).
 
     Examples
     --------
@@ -149,19 +151,20 @@ def softmax_free_attention(
             )
         z, x, v = _only(landmarks, landmark_mask, xp), _only(q, mask, xp), _only(v, mask, xp)
         c = _centre(z, landmark_mask, xp)
-        usual = inverse is None and ridge > 0 and landmark_mask is None and queries is None and not normalize
-        if usual and _is_in_blocks(x, z, v):
-            core, system = _gram_core(stop_gradient(z), c, scale, ridge, method, xp)
+        if queries is not None:
+            x, v = _with_queries(x, v, queries, xp)
+        usual = inverse is None and ridge > 0 and landmark_mask is None and not normalize
+        in_blocks = _is_in_blocks(x, z, v)
+        if usual and in_blocks:
+            core, system = _gram_core(_wide_points(stop_gradient(z), c, scale, xp), ridge, method, z.dtype, xp)
             out = _attended(x, z, v, core, system, c, scale, xp, ridge=ridge)
         else:
-            core, system = _core((z - c) * scale, landmark_mask, ridge, normalize, method, inverse, xp)
-            if queries is None:
-                out = _attended(x, z, v, core, system, c, scale, xp)
-            else:
-                asking, x, z = ((xp.astype(y, c.dtype, copy=False) - c) * scale for y in (queries, x, z))
-                v = xp.astype(v, c.dtype, copy=False)
-                out = _attended_from(asking, x, z, v, core, system, xp)
-        out = out if queries is not None else _only(out, mask, xp)
+            # Of an inverse that is used as it is, and of a traced program, for other devices too, P is no wider.
+            wide = in_blocks and inverse is None and ridge > 0
+            points = _wide_points(z, c, scale, xp) if wide else (z - c) * scale
+            core, system = _core(points, landmark_mask, ridge, normalize, method, inverse, z.dtype, xp)
+            out = _attended(x, z, v, core, system, c, scale, xp)
+        out = out[..., q.shape[-2] :, :] if queries is not None else _only(out, mask, xp)
     return xp.astype(out, result_dtype, copy=False)
 
 
@@ -190,18 +193,28 @@ def _centre(z: Array, landmark_mask: Array | None, xp: Namespace) -> Array:
     return stop_gradient(xp.sum(z, axis=-2, keepdims=True) / count)
 
 
-def _gram_core(
-    z: Array, centre: Array, scale: float, ridge: float, method: str, xp: Namespace
-) -> tuple[Array | _attend.Factor, Array]:
-    """M and P = k(z, z) + δI, as ``_core`` has them, in few operations: for blocks, whose way back knows P's.
+def _with_queries(q: Array, v: Array, queries: Array, xp: Namespace) -> tuple[Array, Array]:
+    """Tokens and values with those of the queries behind them, which are 0: they answer nothing. All of X is computed
+    of them, and yet a product with C of the queries alone, by softmax attention, takes longer."""
+    batch = broadcast_shapes(*(tuple(x.shape[:-2]) for x in (q, v, queries)))
+    none = xp.broadcast_to(xp.zeros_like(queries[..., :1]), (*queries.shape[:-1], v.shape[-1]))
+    q, v, queries, none = (xp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (q, v, queries, none))
+    return xp.concat([q, queries], axis=-2), xp.concat([v, none], axis=-2)
 
-    P is of double precision where the device has it: errors of P, and of how far landmarks are from each other, count
-    cond(P) times.
-    """
+
+def _wide_points(z: Array, centre: Array, scale: float, xp: Namespace) -> Array:
+    """(z − centre)s in double precision where the device has it: errors of P = k(z, z) + δI, and of how far landmarks
+    are from each other, count cond(P) times."""
     wide = widest_real(z, xp)
-    a, system = _gram((xp.astype(z, wide) - xp.astype(centre, wide)) * scale, ridge, z.dtype, xp)
+    return (xp.astype(z, wide, copy=False) - xp.astype(centre, wide, copy=False)) * scale
+
+
+def _gram_core(z: Array, ridge: float, method: str, dtype: Any, xp: Namespace) -> tuple[Array | _attend.Factor, Array]:
+    """M, of that dtype, and P = k(z, z) + δI, as ``_core`` has them, in few operations: for blocks, whose way back
+    knows P's."""
+    a, system = _gram(z, ridge, dtype, xp)
     if _is_factored(a, method):
-        return _attend.Factor(cholesky(xp.astype(system, z.dtype, copy=False), xp)), system
+        return _attend.Factor(cholesky(xp.astype(system, dtype, copy=False), xp)), system
     return _approximate_inverse(a, ridge, method, xp), system
 
 
@@ -213,7 +226,7 @@ def _gram(z: Array, ridge: float, dtype: Any, xp: Namespace) -> tuple[Array, Arr
         if dtype == xp.float32 and _native_core.applies(z, xp.float64):
             return _native_core.gram(z, ridge)
     a = _attend.gram(z, xp)
-    return xp.astype(a, dtype), add_to_diagonal(a, ridge, xp)
+    return xp.astype(a, dtype), add_to_diagonal(a, ridge, xp)  # the first a copy
 
 
 def _core(
@@ -223,9 +236,11 @@ def _core(
     normalize: bool,
     method: str,
     inverse: Callable[..., Array] | None,
+    dtype: Any,
     xp: Namespace,
 ) -> tuple[Array | _attend.Factor, Array | None]:
-    """M and what it inverts: P = A + δI, or D^½ P D^½, with A = k(z, z); zero in rows and columns of masked landmarks.
+    """M, of that dtype, and what it inverts: P = A + δI, or D^½ P D^½, with A = k(z, z); zero in rows and columns of
+    masked landmarks.
 
     P is None where M is no inverse of it, to be differentiated as such, but what it is: by a function of the caller's
     own, or the pseudoinverse of a matrix that may be singular. In the place of M there may be the factor of P.
@@ -242,14 +257,14 @@ def _core(
     if solves and roots is not None:
         system = system * roots
     if solves and both is None and _is_factored(a, method):
-        return _attend.Factor(cholesky(stop_gradient(system), xp)), system
+        return _attend.Factor(cholesky(xp.astype(stop_gradient(system), dtype, copy=False), xp)), system
     if solves:
-        core = _approximate_inverse(stop_gradient(a), ridge, method, xp)
+        core = _approximate_inverse(xp.astype(stop_gradient(a), dtype, copy=False), ridge, method, xp)
     else:
         core = _inverse(method, inverse)(a, hermitian=True, ridge=ridge)
         _check_inverse(core, a)
     if roots is not None:
-        core = core / (stop_gradient(roots) if solves else roots)
+        core = core / xp.astype(stop_gradient(roots) if solves else roots, dtype, copy=False)
     if both is not None:
         core = xp.where(both, core, xp.zeros_like(core))
     return core, system
@@ -337,20 +352,6 @@ def _is_in_blocks(q: Array, z: Array, v: Array, *others: Array) -> bool:
     arrays = q, z, v, *others
     sizes = *q.shape[:-1], *z.shape[:-1], *v.shape
     return writes(q) and not is_traced(*arrays) and not is_transformed(*arrays) and min(sizes) > 0
-
-
-def _attended_from(
-    queries: Array, q: Array, z: Array, v: Array, core: Array | _attend.Factor, system: Array | None, xp: Namespace
-) -> Array:
-    """k(queries, z) M k(z, q) v, of points in units of the lengthscale and near the origin."""
-    if compat.is_torch_array(q) and not (is_traced(queries, q, z, v) or is_transformed(queries, q, z, v)):
-        from lowrank._torch_attention import gaussian_product
-    else:
-
-        def gaussian_product(x: Array, y: Array, v: Array) -> Array:
-            return _attend.gaussian_block(x, y, xp) @ v
-
-    return gaussian_product(queries, z, _attend.corrected(core, system, gaussian_product(z, q, v)))
 
 
 def _check_shapes(points: dict[str, Array]) -> None:

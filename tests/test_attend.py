@@ -13,6 +13,7 @@ from lowrank import _attend, _native, pinv, pinv_newton, softmax_free_attention
 from lowrank import attention as room
 from lowrank._array import exp_of_negative
 from lowrank._torch_attention import gaussian_product
+from lowrank.kernels import gaussian_kernel
 
 EPS = 2.0**-23
 
@@ -321,14 +322,63 @@ def test_gradients_ignore_what_is_masked(entries):
 
 
 def test_queries_of_their_own():
-    q, v, z, asking = (x.requires_grad_() for x in (*triple(), points(4, 2, 5, 3)))
-    both = torch.cat([asking, q], -2)
-    together = softmax_free_attention(both, torch.cat([torch.zeros(2, 5, 2), v], -2), z, ridge=0.1)
+    q, v, z, asking = (x.requires_grad_() for x in (*triple(), points(4, 3, 1, 5, 3)))
+    c, a, of_asking = (gaussian_kernel(x, z, lengthscale=3**0.25) for x in (q, z, asking))
+    expected = of_asking @ torch.linalg.solve(a + 0.1 * torch.eye(z.shape[-2]), c.mT @ v)
     out = softmax_free_attention(q, v, z, ridge=0.1, queries=asking)
-    torch.testing.assert_close(out, together[:, :5])
+    assert out.shape == (3, 2, 5, 2)
+    torch.testing.assert_close(out, expected)
     assert torch.autograd.gradcheck(
         lambda q, v, z, asking: softmax_free_attention(q, v, z, ridge=0.1, queries=asking), (q, v, z, asking)
     )
+
+
+def test_queries_of_no_tokens_get_nothing():
+    q, v, z = triple()
+    out = softmax_free_attention(q[:, :0], v[:, :0], z, queries=q)
+    assert torch.equal(out, torch.zeros_like(v))
+
+
+def near_singular(kind):
+    """q, v, landmarks that nearly coincide, in pairs, in clusters or all, but are far from one another else, and a
+    cotangent."""
+    sizes = enumerate((500, 500, 500, 49, 49))
+    q, v, g, z, step = (points(k, 2, n, 32, spread=1.0, dtype=torch.float32) for k, n in sizes)
+    if kind == "pairs":
+        z[:, 24:48] = z[:, :24] + 1e-3 * step[:, :24]
+    elif kind == "clusters":
+        z = z[:, :7].repeat_interleave(7, 1) + 1e-4 * step
+    elif kind == "all":
+        z = z[:, :1] + 1e-2 * step
+    return q, v, z, g
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", ["random", "pairs", "clusters", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "direct"}, {"normalize": True}, {"landmark_mask": True}, {"queries": True}],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("entries", [2**21, 49 * 120], ids=["whole", "in parts"])
+def test_gradients_at_near_singular_landmarks(options, kind, compiled, entries, monkeypatch):
+    """In single precision to 16 eps: what differs between landmarks is right, and the condition of P meets nothing."""
+    if not compiled:
+        monkeypatch.setattr(_native, "is_built", lambda: False)
+    monkeypatch.setattr(_attend, "_CPU_ENTRIES", entries)
+    q, v, z, g = near_singular(kind)
+
+    def gradients(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, v, z)]
+        given = dict(options)
+        if "landmark_mask" in given:
+            given["landmark_mask"] = (torch.arange(49) % 5 != 3).expand(2, -1)
+        if "queries" in given:
+            given["queries"] = leaves[0].flip(1)
+        return torch.autograd.grad(softmax_free_attention(*leaves, **given), leaves, g.to(dtype))
+
+    for found, expected in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        assert torch.linalg.norm(found - expected) < 16 * EPS * torch.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(("d", "e"), [(3, 2), (2, 5)])
