@@ -36,6 +36,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import array_api_compat as compat
+
 from lowrank._array import (
     Array,
     Namespace,
@@ -70,7 +72,7 @@ CORRECTIONS = 2
 # In lengthscales. Of landmarks farther apart rounding of two rows of C is no larger than of their difference.
 NEAR = 0.5
 # Of −t: where it is larger C is 0 already, and their product is to stay so.
-_STEEP = 80.0
+STEEP = 80.0
 
 
 class Factor(NamedTuple):
@@ -92,7 +94,10 @@ class Nearby(NamedTuple):
 
     def sums(self, differences: Array, xp: Namespace) -> Array:
         """σ, in double precision, for what is summed of the differences."""
-        return xp.linalg.solve(self.links, xp.astype(differences, self.links.dtype))
+        differences = xp.astype(differences, self.links.dtype)
+        if compat.is_torch_array(differences):  # unlike ``solve`` it does not wait for a GPU to say if it can
+            return xp.linalg.solve_triangular(self.links, differences, upper=False, unitriangular=True)
+        return xp.linalg.solve(self.links, differences)
 
 
 def nearby(z: Array, centre: Array, scale: float, xp: Namespace) -> Nearby | None:
@@ -225,10 +230,10 @@ def forward(
         v_at = _together(v, group, blocks, "v", memory, xp)
         near = None if system is None else nearby(z_, c_, scale, xp)
         block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, near, room, memory, xp)
-        sigma = None
+        sigma: Any = None
         for rows in blocks:
             sigma = _plus(sigma, xp.matrix_transpose(block.summed(rows)), v_at(rows), xp)
-        sigma, w = _solved(core_, system_, near, sigma, xp)
+        sigma, w = solved(core_, system_, near, block.sign * sigma, xp)
         for rows in reversed(blocks):
             _put_product(out, group, rows, block.at(rows), w, "x0", memory, xp)
         found.append((sigma, w))
@@ -260,13 +265,13 @@ def backward(
         v_at, g_at = (_together(x, group, blocks, name, memory, xp) for x, name in ((v, "v"), (g, "g")))
         near, z_ = None if system is None else nearby(z_, c_, scale, xp), z_ - c_
         block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, near, room, memory, xp)
-        w_bar = None
+        w_bar: Any = None
         for rows in blocks:
             x = block.points(rows, _room(q_bar, group, rows, block.name_of_points(rows), memory, xp))
             w_bar = _plus(w_bar, xp.matrix_transpose(block.summed(rows, x)), g_at(rows), xp)
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
         inverse = xp.matrix_transpose(core_) if system_ is None else core_
-        w_bar, sigma_bar = _solved(inverse, system_, near, w_bar, xp)
+        w_bar, sigma_bar = solved(inverse, system_, near, block.sign * w_bar, xp)
         w_t, sigma_bar_t, from_q = transposed_copy(w, xp), transposed_copy(sigma_bar, xp), None
         for rows in reversed(blocks):
             x = _room(q_bar, group, rows, block.name_of_points(rows), memory, xp)
@@ -286,13 +291,13 @@ def backward(
     return q_bar, z_bar, v_bar, inner_bar
 
 
-def _solved(
+def solved(
     core: Array | Factor, system: Array | None, near: Nearby | None, summed: Array, xp: Namespace
 ) -> tuple[Array, Array]:
-    """σ and w for sums of what ``_Blocks.summed`` gives."""
+    """σ and w for sums over C or, if some landmarks are near others, over what differs."""
     if near is None:
         return summed, applied(core, system, summed, xp)
-    sigma = near.sums(-summed, xp)
+    sigma = near.sums(summed, xp)
     return xp.astype(sigma, summed.dtype), applied(core, system, sigma, xp)
 
 
@@ -378,7 +383,8 @@ class _Blocks:
         self.half_s2 = 0.5 * scale * scale
         self.rows, self.places = blocks[0].stop, places
         self.held: list[slice | None] = [None] * len(places)
-        self.near, self.minus_steps = near, near and near.steps * -scale
+        self.near, self.sign = near, 1.0 if near is None else -1.0
+        self.steps = None if near is None else near.steps * -scale
         # s²zᵀ and −s²‖z‖²/2, of which C is made.
         self.z_t = transposed_copy(z * (2 * self.half_s2), xp)
         self.half_z = xp.sum(z * z, axis=-1)[..., None, :] * -self.half_s2
@@ -418,16 +424,16 @@ class _Blocks:
         return c
 
     def summed(self, rows: slice, x: Array | None = None) -> Array:
-        """C, or −1 times what differs from the rows of parents; of these points, and until the next call."""
+        """C, or times ``sign`` what differs from the rows of parents; of these points, and until the next call."""
         if self.near is None:
             return self.at(rows, x)
         (batch, _, d), xp = self.z.shape, self.xp
         if x is None:
             x = self.points(rows, self.memory.take("x0", (batch, rows.stop - rows.start, d)))
         c = self.at(rows, x)
-        h = stacked_product(x, self.minus_steps, xp, out=self.memory.take("h", c.shape))
+        h = stacked_product(x, self.steps, xp, out=self.memory.take("h", c.shape))
         h += self.near.falls
-        h = xp.expm1(xp.clip(h, max=_STEEP, out=h), out=h)
+        h = xp.expm1(xp.clip(h, max=STEEP, out=h), out=h)
         h *= c
         return h
 

@@ -92,8 +92,8 @@ class _ByKernels:
         xp: Namespace,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, y = (q - centre) * scale, (z - centre) * scale
-        sums = _fused_attention.transposed_product(x, y, v.to(x.dtype))
-        weights = _attend.applied(core, system, sums, xp)
+        near = None if system is None else _attend.nearby(z, centre, scale, xp)
+        sums, weights = _solved(x, y, v.to(x.dtype), core, system, near)
         return _fused_attention.product(x, y, weights).to(v.dtype), sums, weights
 
     @staticmethod
@@ -114,14 +114,23 @@ class _ByKernels:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         x, y = (q - centre) * scale, (z - centre) * scale
         values, g = v.to(x.dtype), g.to(x.dtype)
-        w_bar = _fused_attention.transposed_product(x, y, g)
-        sigma_bar = _attend.applied(core.mT if system is None else core, system, w_bar, xp)
+        near = None if system is None else _attend.nearby(z, centre, scale, xp)
+        w_bar, sigma_bar = _solved(x, y, g, core.mT if system is None else core, system, near)
         x_bar, y_bar, v_bar = _fused_attention.cotangents(x, y, values, g, weights, sigma_bar)
         q_bar, v_bar = (scale * x_bar).to(q.dtype), v_bar.to(v.dtype)
         inner = _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
         if of_gram:
             y_bar, inner = y_bar + _attend.gram_cotangent(y, system, inner, xp), None
         return q_bar, scale * y_bar, v_bar, inner
+
+
+def _solved(
+    x: Tensor, y: Tensor, v: Tensor, core: Any, system: Tensor | None, near: _attend.Nearby | None
+) -> tuple[Tensor, Tensor]:
+    """σ = Cᵀv and w, by the kernels."""
+    differs = () if near is None else (near.steps.mT, near.falls[..., 0, :])
+    summed = _fused_attention.transposed_product(x, y, v, *differs)
+    return _attend.solved(core, system, near, summed, xp)
 
 
 def gaussian_product(x: Tensor, y: Tensor, v: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 lowrank        ``softmax_free_attention`` with 49 landmarks, the means of 49 segments, which are part of the call.
 blocks         The same without its compiled kernels, as where there was no C compiler: by torch's operations.
-null key       The same by two calls of torch's scaled_dot_product_attention with one key more: the way of
-               ``queries=``, here the keys themselves.
+null key       The same by two calls of torch's scaled_dot_product_attention with one key more, which computes Gaussian
+               products; the core is solved with by LU factors.
 textbook       The same formula as it is usually written (Lu et al., NeurIPS 2021, as released): three products for
                each block of distances, 20 Newton steps with −XᵀGXᵀ for the gradient, then (C·A⁺)·(Cᵀv).
 direct         ``lowrank`` with ``method="direct"``: a Cholesky factor solves with the core.
@@ -50,6 +50,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank import _native, gaussian_kernel, gaussian_matmul, softmax_free_attention
+from lowrank._torch_attention import gaussian_product
 from lowrank.landmarks import segment_means
 
 matplotlib.use("Agg")
@@ -104,8 +105,11 @@ def textbook(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
 
 
 def null_key(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
-    """The way of queries that are not the keys: torch's softmax attention with one key more, twice."""
-    return softmax_free_attention(q, v, z, queries=q, ridge=RIDGE)
+    """Both products with C by torch's softmax attention with one key more."""
+    centre = z.detach().mean(-2, keepdim=True)
+    x, y = ((points - centre) / SCALE for points in (q, z))
+    system = gaussian_kernel(y, y) + RIDGE * torch.eye(y.shape[-2], dtype=y.dtype, device=y.device)
+    return gaussian_product(x, y, torch.linalg.solve(system, gaussian_product(y, x, v)))
 
 
 def blocks(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
