@@ -87,24 +87,37 @@ TARGET static void NAME(less_points)(const struct attention *t, struct place p, 
    have the parent -1 and the step z. */
 struct NAME(landmarks) {
     float *z, *half_z, *step, *fall;
-    int32_t *parent;
-    int far, near;
+    int32_t *parent, *far, *near;
 };
 
-/* For each landmark the nearest of those before it, if that is near. */
-TARGET static void NAME(parents)(const struct attention *t, long element, struct NAME(landmarks) *y, float *room)
+/* Where they are, of an element, in room for as many. */
+TARGET static struct NAME(landmarks) NAME(landmarks_at)(const struct attention *t, float *room, long element)
 {
-    const long m = t->m, d = t->d, D = PADDED(d), S = PADDED(m);
+    const long m = t->m, D = PADDED(t->d);
+    room += element * of_landmarks(t);
+    float *z = TAKE(m * D), *step = TAKE(m * D), *half_z = TAKE(m), *fall = TAKE(m);
+    int32_t *parent = (int32_t *)TAKE(m), *flags = (int32_t *)TAKE(2);
+    return (struct NAME(landmarks)){z, half_z, step, fall, parent, flags, flags + 1};
+}
+
+/* For each landmark the nearest of those before it, if that is near. */
+TARGET static void NAME(parents)(const struct attention *t, long element, const struct NAME(landmarks) *y, float *room)
+{
+    const long m = t->m, d = t->d, D = PADDED(d);
     const float *at = t->z + element * m * d;
-    float *z_t = TAKE(D * BLOCK), *product = TAKE(m * S);
-    NAME(transpose)(m, D, (struct block){y->z, D}, z_t);
-    NAME(product)(m, S, d, y->z, D, 1, z_t, BLOCK, product, S, SETS);
+    float *z_t = TAKE(D * BLOCK), *product = TAKE(m * BLOCK), *most = TAKE(m);
+    for (long j = 0; j < m; j++) most[j] = y->half_z[j] - 0.5f * NEAR * NEAR; /* z'p - |p|^2/2 of the distance NEAR */
+    for (long b = 0; b < m; b += BLOCK) {
+        const long count = LEAST(BLOCK, m - b);
+        NAME(transpose)(count, D, (struct block){y->z + b * D, D}, z_t);
+        NAME(product)(m - b, PADDED(count), d, y->z + b * D, D, 1, z_t, BLOCK, product, BLOCK, SETS);
+        for (long j = b + 1; j < m; j++)
+            for (long i = b; i < LEAST(j, b + count); i++) {
+                const float close = product[(j - b) * BLOCK + i - b] - y->half_z[i];
+                if (close > most[j]) most[j] = close, y->parent[j] = i;
+            }
+    }
     for (long j = 0; j < m; j++) {
-        float most = y->half_z[j] - 0.5f * NEAR * NEAR; /* z'p - |p|^2/2 of the distance NEAR */
-        for (long i = 0; i < j; i++) {
-            const float close = product[j * S + i] - y->half_z[i];
-            if (close > most) most = close, y->parent[j] = i;
-        }
         if (y->parent[j] < 0) continue;
         const float *z = y->z + j * D, *p = y->z + y->parent[j] * D;
         float *step = y->step + j * D, square = 0, fall = 0;
@@ -117,7 +130,7 @@ TARGET static void NAME(parents)(const struct attention *t, long element, struct
         for (int k = 0; k < LANES; k++) square += squares[k], fall += falls[k];
         y->fall[j] = -0.5f * fall;
         if (square <= 2 * NEAR * NEAR)
-            y->near = 1;
+            *y->near = 1;
         else { /* The product of landmarks far from the origin may not tell. */
             y->parent[j] = -1;
             memcpy(step, z, sizeof(float) * D);
@@ -125,20 +138,21 @@ TARGET static void NAME(parents)(const struct attention *t, long element, struct
     }
 }
 
-TARGET static void NAME(prepare)(const struct attention *t, long element, struct NAME(landmarks) *y, float *room)
+TARGET static void NAME(prepare)(const struct attention *t, long element, const struct NAME(landmarks) *y, float *room)
 {
     const long m = t->m, d = t->d, D = PADDED(d);
     const float *centre = t->centre + element * d;
+    *y->far = *y->near = 0;
     NAME(pad)(m, d, t->z + element * m * d, y->z);
     for (long j = 0; j < m; j++) {
         float *z = y->z + j * D, sum = 0;
         for (long k = 0; k < d; k++) z[k] = (z[k] - centre[k]) * t->scale, sum += z[k] * z[k];
         y->half_z[j] = 0.5f * sum;
         y->parent[j] = -1;
-        y->far |= !(y->half_z[j] < FAR);
+        *y->far |= !(y->half_z[j] < FAR);
     }
     memcpy(y->step, y->z, sizeof(float) * m * D);
-    if (!y->far && m <= BLOCK) NAME(parents)(t, element, y, room);
+    if (!*y->far) NAME(parents)(t, element, y, room);
 }
 
 /* A row of C less that of a parent, which is times exp(x'step + fall) - 1; and the row itself. Of landmarks that are
@@ -167,7 +181,7 @@ TARGET static void NAME(differences)(const struct NAME(landmarks) *y, long m, co
 /* Rows, of width numbers, with those of their parents. */
 TARGET static void NAME(add_parents)(const struct NAME(landmarks) *y, long m, double *rows, long width)
 {
-    for (long j = 0; y->near && j < m; j++)
+    for (long j = 0; *y->near && j < m; j++)
         for (long r = 0; y->parent[j] >= 0 && r < width; r++) rows[j * width + r] += rows[y->parent[j] * width + r];
 }
 
@@ -179,14 +193,14 @@ TARGET static void NAME(gaussians)(const struct attention *t, int what, const st
 {
     const long width = PADDED(count);
     float half_x[BLOCK];
-    int careful = y->far;
+    int careful = *y->far;
     for (long r = 0; r < width; r += LANES) {
         vec sum = {0};
         for (long k = 0; k < t->d; k++) sum += *(const vec *)(x + k * BLOCK + r) * *(const vec *)(x + k * BLOCK + r);
         *(vec *)(half_x + r) = sum * 0.5f;
     }
     for (long r = 0; r < width; r++) careful |= !(half_x[r] < FAR);
-    const int near = y->near && !careful;
+    const int near = *y->near && !careful;
     float *row = c;
     NAME(product)(t->m, width, t->d, near ? y->step : y->z, PADDED(t->d), 1, x, BLOCK, c, BLOCK, SETS);
     for (long j = 0; j < t->m; j++, row += BLOCK) {
@@ -201,7 +215,7 @@ TARGET static void NAME(gaussians)(const struct attention *t, int what, const st
                 *(vec *)(row + r) = NAME(exp)(*(vec *)(row + r) - (*(vec *)(half_x + r) + y->half_z[j]), 0);
         if (less && near && y->parent[j] < 0) memcpy(less + j * BLOCK, row, sizeof(float) * width);
     }
-    if (less && y->near && careful) NAME(differences)(y, t->m, c, less, width);
+    if (less && *y->near && careful) NAME(differences)(y, t->m, c, less, width);
 }
 
 /* w = M b, and w + M(b - P w) as often as there are to be corrections, in padded rows, what is missing being computed in
@@ -244,7 +258,7 @@ TARGET static void NAME(pass)(const struct attention *t, int what, long element,
         }
         if (what == SUMS) {
             const struct block v = NAME(read)(&t->summed, p, e, v_room);
-            NAME(product)(m, E, p.count, y->near ? h : c, BLOCK, 1, v.at, v.stride, of_block, E, SETS);
+            NAME(product)(m, E, p.count, *y->near ? h : c, BLOCK, 1, v.at, v.stride, of_block, E, SETS);
             NAME(accumulate)(m * E, of_block, sums);
         } else if (what == PRODUCT)
             NAME(apply)(&t->out, p, e, m, c, w, SETS, out);
@@ -306,18 +320,18 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
     const struct attention *t = task;
     const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e), W = MOST(D, E);
     const int whole = is_whole(what);
-    const long chunks = whole ? 1 : (t->n + CHUNK - 1) / CHUNK, element = item / chunks;
+    const long chunks = chunks_of(t, what), element = item / chunks;
     const long first = item % chunks * CHUNK, last = whole ? t->n : LEAST(first + CHUNK, t->n);
-    float *z = TAKE(m * D), *half_z = TAKE(m), *step = TAKE(m * D), *fall = TAKE(m), *parent = TAKE(m);
-    struct NAME(landmarks) y = {z, half_z, step, fall, (int32_t *)parent, 0, 0};
+    const struct NAME(landmarks) y = NAME(landmarks_at)(t, whole ? TAKE(of_landmarks(t)) : t->landmarks, whole ? 0 : element);
     float *w = TAKE(m * E), *s = TAKE(m * E), *sums = TAKE(m * W), *w_bar = TAKE(m * E);
     double *wide_sums = (double *)TAKE(2 * m * E);
-    float *c = whole && what != SOLUTION ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
-    NAME(prepare)(t, element, &y, room);
+    float *c = whole ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
+    if (whole || what == LANDMARKS) NAME(prepare)(t, element, &y, room);
+    if (what == LANDMARKS) return;
     if (what == PRODUCT || what == COTANGENTS || what == BACKWARD) NAME(pad)(m, e, t->w + element * m * e, w);
     if (what == COTANGENTS) NAME(pad)(m, e, t->sigma_bar + element * m * e, s);
     memset(sums, 0, sizeof(float) * m * W);
-    if (whole) {
+    if (whole || what == SOLUTION) {
         float *solved = what == BACKWARD ? s : w;
         if (what == SOLUTION)
             NAME(pad)(m, e, t->sums + element * m * e, sums);
@@ -327,8 +341,12 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
         NAME(add_parents)(&y, m, wide_sums, E);
         for (long k = 0; k < m * E; k++) w_bar[k] = wide_sums[k];
         NAME(unpad)(m, e, w_bar, t->sums + element * m * e);
-        NAME(solve)(t, element, wide_sums, solved, room);
-        NAME(unpad)(m, e, solved, (what == BACKWARD ? t->sigma_bar : t->w) + element * m * e);
+        if (t->wide_sums)
+            for (long j = 0; j < m; j++) memcpy(t->wide_sums + (element * m + j) * e, wide_sums + j * E, sizeof(double) * e);
+        else {
+            NAME(solve)(t, element, wide_sums, solved, room);
+            NAME(unpad)(m, e, solved, (what == BACKWARD ? t->sigma_bar : t->w) + element * m * e);
+        }
         if (what == SOLUTION) return;
         memset(sums, 0, sizeof(float) * m * W);
         what = what == FORWARD ? PRODUCT : COTANGENTS;

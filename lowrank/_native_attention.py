@@ -15,8 +15,8 @@ from lowrank import _native
 from lowrank._array import Namespace
 from lowrank._attend import CORRECTIONS, Factor, applied, inner_cotangent, landmark_cotangents
 
-# What is computed of chunks of the points, and of whole elements of the batch.
-SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD, SOLUTION = range(6)
+# What is computed of chunks of the points, of whole elements of the batch, and of elements that are in chunks.
+SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD, LANDMARKS, SOLUTION = range(7)
 # Entries of an element's part of C up to which it is kept from the sums to the product, 1 MiB, half of a large second
 # cache; and how many elements there are to be then, if chunks could be shared among more threads.
 WHOLE_ENTRIES, WHOLE_ELEMENTS = 2**18, 8
@@ -44,7 +44,7 @@ class Task(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("transposed_core", "corrections", "of_gram")),
         *((name, Rows) for name in ("q", "summed", "v", "g", "out", "q_bar", "v_bar")),
         *((name, ctypes.c_void_p) for name in ("centre", "z", "core", "system", "sigma")),
-        *((name, ctypes.c_void_p) for name in ("w", "sigma_bar", "sums", "from_q", "z_bar")),
+        *((name, ctypes.c_void_p) for name in ("landmarks", "w", "sigma_bar", "sums", "from_q", "z_bar", "wide_sums")),
         ("scale", ctypes.c_float),
     )
 
@@ -81,6 +81,7 @@ def forward(
         sums, weights = call.makes("sums"), call.makes("w")
         call.run(FORWARD)
     else:
+        call.prepares()
         sums, weights = call.solution(core, system, call.by_chunks("sums", SUMS), xp)
         call.packs(w=weights)
         call.run(PRODUCT)
@@ -115,6 +116,7 @@ def backward(
         call.run(BACKWARD)
         inner = None if of_gram else inner_cotangent(system, w_bar, sigma_bar, sums, weights)
         return q_bar, z_bar, v_bar, inner
+    call.prepares()
     inverse = xp.matrix_transpose(core) if system is None else core
     w_bar, sigma_bar = call.solution(inverse, system, call.by_chunks("sums", SUMS), xp)
     call.packs(w=weights, sigma_bar=sigma_bar)
@@ -176,6 +178,12 @@ class _Call:
         self.run(what)
         return out[:, :, 0] if count == 1 else out.sum(2)
 
+    def prepares(self) -> None:
+        """What chunks need of their element's landmarks, once for all."""
+        size = _native.kernels().lowrank_landmarks(ctypes.byref(self.task))
+        self._points("landmarks", self.arrays["z"].new_empty(self.task.elements, size))
+        self.run(LANDMARKS)
+
     def solves(self, core: Tensor, system: Tensor | None, *, transposed: bool = False) -> None:
         self.packs(core=core)
         if system is not None:
@@ -187,13 +195,17 @@ class _Call:
         self, core: Tensor | Factor, system: Tensor | None, differences: Tensor, xp: Namespace
     ) -> tuple[Tensor, Tensor]:
         """σ for sums over all chunks, which are differences from those of parents, and w as ``applied`` has it."""
-        if isinstance(core, Factor) or self.task.m > MOST_LANDMARKS:  # so many have no parents
-            return differences, applied(core, system, differences, xp)
-        self.solves(core, system)
         self.packs(sums=differences)
+        sums = self.arrays["sums"]
+        if isinstance(core, Factor) or self.task.m > MOST_LANDMARKS:
+            wide = torch.empty_like(sums, dtype=torch.float64)
+            self._points("wide_sums", wide)
+            self.run(SOLUTION)
+            return sums, applied(core, system, wide, xp)
+        self.solves(core, system)
         w = self.makes("w")
         self.run(SOLUTION)
-        return self.arrays["sums"], w
+        return sums, w
 
     def run(self, what: int) -> None:
         _native.run("lowrank_attend", self.task, what)

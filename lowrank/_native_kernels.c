@@ -58,8 +58,9 @@ the results. What is computed is in the headers, X' being the transpose of X. */
 #define TAKE(size) (room += PADDED(size), room - PADDED(size))
 
 /* Of chunks: C' times what is summed; Cw; v_bar, q_bar and H'x. Of whole elements: C'v, w and Cw; C'g, sigma_bar,
-   those cotangents and z_bar; w for sums over all chunks. */
-enum { SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD, SOLUTION };
+   those cotangents and z_bar. Of elements in chunks: what is made of landmarks; C'v or C'g, and w, or C'v in double
+   precision if wide_sums is not 0, for sums over all chunks. */
+enum { SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD, LANDMARKS, SOLUTION };
 
 /* Rows of an array (batch, heads, n, width) in memory: each is contiguous; strides are in numbers, which are float, or
    bfloat16 if half. */
@@ -71,14 +72,16 @@ struct rows {
 /* What is summed is v or g. Arrays that are not rows are packed, with the elements of both batch axes on one: c
    (elements, d), z, the landmarks as they are (elements, m, d), M, transposed or not, and P (elements, m, m), which are
    read of whole elements alone, w, sigma_bar and sigma = C'v (elements, m, e), sums (elements, chunks, m, e), H'x (elements,
-   chunks, m, d), z_bar (elements, m, d). */
+   chunks, m, d), z_bar (elements, m, d); what is made of landmarks (elements, of_landmarks); and
+   wide_sums as sums of one chunk. */
 struct attention {
     int64_t heads, elements, n, m, d, e, transposed_core, corrections, of_gram;
     struct rows q, summed, v, g, out, q_bar, v_bar;
     const float *centre, *z, *core;
     const double *system;
     const float *sigma;
-    float *w, *sigma_bar, *sums, *from_q, *z_bar;
+    float *landmarks, *w, *sigma_bar, *sums, *from_q, *z_bar;
+    double *wide_sums;
     float scale;
 };
 
@@ -197,18 +200,23 @@ static int way_of(const struct rows *x, const struct attention *t, long width)
     return !x->half && all % LINE == 0 && t->elements * t->n * width >= STREAMED ? STREAMS : SETS;
 }
 
-static int is_whole(int what) { return what >= FORWARD; }
+static int is_whole(int what) { return what == FORWARD || what == BACKWARD; }
+
+static long chunks_of(const struct attention *t, int what) { return what >= FORWARD ? 1 : (t->n + CHUNK - 1) / CHUNK; }
+
+/* Numbers that are made of the landmarks of an element. */
+static size_t of_landmarks(const struct attention *t) { return 2 * t->m * PADDED(t->d) + 3 * PADDED(t->m) + PADDED(2); }
 
 /* How many numbers one thread needs to work: all that NAME(attend) and what it calls take. */
 static size_t room_of(const struct attention *t, int what)
 {
     const size_t m = t->m, D = PADDED(t->d), E = PADDED(t->e), W = MOST(D, E);
-    const size_t blocks = is_whole(what) && what != SOLUTION ? (t->n + BLOCK - 1) / BLOCK : 1;
-    const size_t of_solution = is_whole(what) ? 5 * m * E : 0;
-    const size_t of_landmarks = what == BACKWARD ? (2 * E + m + 1) * PADDED(m) : 0;
-    const size_t of_parents = m <= BLOCK ? D * BLOCK + m * PADDED(m) : 0;
+    const size_t blocks = is_whole(what) ? (t->n + BLOCK - 1) / BLOCK : 1;
+    const size_t of_solution = what >= FORWARD ? 5 * m * E : 0;
+    const size_t of_cotangents = what == BACKWARD ? (2 * E + m + 1) * PADDED(m) : 0;
+    const size_t of_parents = (D + m) * BLOCK + PADDED(m);
     const size_t of_blocks = BLOCK * (2 * D + 4 * E + W + m * (1 + blocks));
-    return of_blocks + m * (2 * D + 5 * E + 2 * W) + 3 * PADDED(m) + of_solution + of_landmarks + of_parents;
+    return of_blocks + m * (5 * E + 2 * W) + of_landmarks(t) + of_solution + of_cotangents + of_parents;
 }
 
 #if defined(__x86_64__)
@@ -259,6 +267,8 @@ int lowrank_lanes(void)
 
 int lowrank_chunk(void) { return CHUNK; }
 
+long lowrank_landmarks(const struct attention *task) { return of_landmarks(task); }
+
 /* What a team has to do, with vectors of so many lanes: the function of that name for them. */
 #if defined(__x86_64__)
 #define BY_LANES(name, lanes) ((lanes) == 16 ? name##_16 : (lanes) == 8 ? name##_8 : name##_4)
@@ -303,7 +313,7 @@ static int run(struct team *team, long threads, parallel *together)
 int lowrank_attend(const struct attention *task, int what, int lanes, long threads, parallel *together)
 {
     struct team team = {BY_LANES(attend, lanes), task, room_of(task, what), what, 0, 0};
-    team.items = task->elements * (is_whole(what) ? 1 : (task->n + CHUNK - 1) / CHUNK);
+    team.items = task->elements * chunks_of(task, what);
     const long grains = task->elements * task->n * task->m * (task->d + task->e) / GRAIN + 1;
     return run(&team, LEAST(threads, grains), together);
 }

@@ -8,11 +8,13 @@ typedef float NAME(aligned) __attribute__((vector_size(4 * LANES), may_alias));
 typedef float NAME(part) __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 typedef double NAME(wide) __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
 typedef int64_t NAME(wide_bits) __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
+typedef uint64_t NAME(wide_ubits) __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
 #define vec NAME(vec)
 #define bits NAME(bits)
 #define ubits NAME(ubits)
 #define wide NAME(wide)
 #define wide_bits NAME(wide_bits)
+#define wide_ubits NAME(wide_ubits)
 
 /* To memory past the caches, where it is aligned: what was there is not read, and nothing makes room for it. */
 INLINE TARGET void NAME(stream)(float *to, vec x)
@@ -140,8 +142,8 @@ INLINE TARGET wide NAME(wide_exp)(wide y)
     p = p * r + 0.5;
     p = p * r + 1.0;
     p = p * r + 1.0;
-    const wide_bits scaled = ((wide_bits)p + ((wide_bits)shifted << 52)) & (y >= (wide){0} + LOWEST), unknown = y != y;
-    return (wide)((scaled & ~unknown) | ((wide_bits)y & unknown));
+    const wide_bits scaled = (wide_bits)((wide_ubits)p + ((wide_ubits)shifted << 52)), unknown = y != y;
+    return (wide)((scaled & (y >= (wide){0} + LOWEST) & ~unknown) | ((wide_bits)y & unknown));
 }
 
 /* exp(min(x, 0)), or 0 below LOWEST. What is no number stays so if careful. */
@@ -256,6 +258,7 @@ TARGET static void NAME(accumulate)(long n, const float *x, float *sums)
 #undef ubits
 #undef wide
 #undef wide_bits
+#undef wide_ubits
 #undef NAME
 #undef TARGET
 #undef LANES

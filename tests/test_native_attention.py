@@ -227,6 +227,22 @@ def test_what_differs_between_landmarks_nearby_is_right(m, width):
     assert ((quotients - 1).abs() < 3 * EPS).all()
 
 
+@pytest.mark.parametrize("entries", [0, 2**18], ids=["chunks", "whole"])
+@pytest.mark.parametrize("method", ["newton", "direct"])
+def test_many_landmarks_nearby(method, entries, width, monkeypatch):
+    """More than a block of points, and than a core solves for: the parents are in another block."""
+    monkeypatch.setattr(_native_attention, "WHOLE_ENTRIES", entries)
+    q, v, g, z = points(1, 1, 700, 32), points(2, 1, 700, 32), points(3, 1, 700, 32), points(4, 1, 300, 32, spread=1.0)
+    z[:, 150:] = z[:, :150] + 1e-3 * z[:, 150:]
+
+    def gradients(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, v, z)]
+        return torch.autograd.grad(softmax_free_attention(*leaves, method=method), leaves, g.to(dtype))
+
+    for found, expected in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        assert torch.linalg.norm(found - expected) < 16 * EPS * torch.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("method", ["newton", "direct"])
 @pytest.mark.parametrize("kind", ["random", "pairs", "clusters", "ball", "line"])
 def test_gradients_at_near_singular_landmarks(kind, method, width):
