@@ -90,11 +90,10 @@ struct NAME(landmarks) {
     int32_t *parent, *far, *near;
 };
 
-/* Where they are, of an element, in room for as many. */
-TARGET static struct NAME(landmarks) NAME(landmarks_at)(const struct attention *t, float *room, long element)
+/* Where they are in memory for them. */
+TARGET static struct NAME(landmarks) NAME(landmarks_at)(const struct attention *t, float *room)
 {
     const long m = t->m, D = PADDED(t->d);
-    room += element * of_landmarks(t);
     float *z = TAKE(m * D), *step = TAKE(m * D), *half_z = TAKE(m), *fall = TAKE(m);
     int32_t *parent = (int32_t *)TAKE(m), *flags = (int32_t *)TAKE(2);
     return (struct NAME(landmarks)){z, half_z, step, fall, parent, flags, flags + 1};
@@ -237,6 +236,25 @@ TARGET static void NAME(solve)(const struct attention *t, long element, const do
     }
 }
 
+/* C'v in place of sums of differences, and w, both to memory too; or C'v in double precision to memory if that is asked
+   for, and no w. */
+TARGET static void NAME(solution)(const struct attention *t, long element, const struct NAME(landmarks) *y, float *sums,
+                                  float *w, float *to, float *room)
+{
+    const long m = t->m, e = t->e, E = PADDED(e), first = element * m * e;
+    double *wide_sums = (double *)TAKE(2 * m * E);
+    NAME(widen)(m * E, sums, wide_sums);
+    NAME(add_parents)(y, m, wide_sums, E);
+    for (long k = 0; k < m * E; k++) sums[k] = wide_sums[k];
+    NAME(unpad)(m, e, sums, t->sums + first);
+    if (t->wide_sums)
+        for (long j = 0; j < m; j++) memcpy(t->wide_sums + first + j * e, wide_sums + j * E, sizeof(double) * e);
+    else {
+        NAME(solve)(t, element, wide_sums, w, room);
+        NAME(unpad)(m, e, w, to + first);
+    }
+}
+
 /* The points from first to last of an element. With c_kept C is left there by SUMS, and found by others; what is summed
    are differences from parents. */
 TARGET static void NAME(pass)(const struct attention *t, int what, long element, long first, long last,
@@ -322,32 +340,24 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
     const int whole = is_whole(what);
     const long chunks = chunks_of(t, what), element = item / chunks;
     const long first = item % chunks * CHUNK, last = whole ? t->n : LEAST(first + CHUNK, t->n);
-    const struct NAME(landmarks) y = NAME(landmarks_at)(t, whole ? TAKE(of_landmarks(t)) : t->landmarks, whole ? 0 : element);
+    float *at = whole ? TAKE(of_landmarks(t)) : t->landmarks + element * of_landmarks(t);
+    const struct NAME(landmarks) y = NAME(landmarks_at)(t, at);
     float *w = TAKE(m * E), *s = TAKE(m * E), *sums = TAKE(m * W), *w_bar = TAKE(m * E);
-    double *wide_sums = (double *)TAKE(2 * m * E);
     float *c = whole ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
     if (whole || what == LANDMARKS) NAME(prepare)(t, element, &y, room);
     if (what == LANDMARKS) return;
     if (what == PRODUCT || what == COTANGENTS || what == BACKWARD) NAME(pad)(m, e, t->w + element * m * e, w);
     if (what == COTANGENTS) NAME(pad)(m, e, t->sigma_bar + element * m * e, s);
     memset(sums, 0, sizeof(float) * m * W);
-    if (whole || what == SOLUTION) {
-        float *solved = what == BACKWARD ? s : w;
-        if (what == SOLUTION)
-            NAME(pad)(m, e, t->sums + element * m * e, sums);
-        else
-            NAME(pass)(t, SUMS, element, first, last, &y, 0, 0, sums, c, room);
-        NAME(widen)(m * E, sums, wide_sums);
-        NAME(add_parents)(&y, m, wide_sums, E);
-        for (long k = 0; k < m * E; k++) w_bar[k] = wide_sums[k];
-        NAME(unpad)(m, e, w_bar, t->sums + element * m * e);
-        if (t->wide_sums)
-            for (long j = 0; j < m; j++) memcpy(t->wide_sums + (element * m + j) * e, wide_sums + j * E, sizeof(double) * e);
-        else {
-            NAME(solve)(t, element, wide_sums, solved, room);
-            NAME(unpad)(m, e, solved, (what == BACKWARD ? t->sigma_bar : t->w) + element * m * e);
-        }
-        if (what == SOLUTION) return;
+    if (what == SOLUTION) {
+        NAME(pad)(m, e, t->sums + element * m * e, sums);
+        NAME(solution)(t, element, &y, sums, w, t->w, room);
+        return;
+    }
+    if (whole) {
+        NAME(pass)(t, SUMS, element, first, last, &y, 0, 0, sums, c, room);
+        NAME(solution)(t, element, &y, sums, what == FORWARD ? w : s, what == FORWARD ? t->w : t->sigma_bar, room);
+        memcpy(w_bar, sums, sizeof(float) * m * E);
         memset(sums, 0, sizeof(float) * m * W);
         what = what == FORWARD ? PRODUCT : COTANGENTS;
     }

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank import _native, _native_attention, _native_core, _native_mlp, _native_newton
+from lowrank import _attend, _native, _native_attention, _native_core, _native_mlp, _native_newton
 
 STRUCTURES = {
     "rows": _native_attention.Rows,
@@ -23,6 +23,11 @@ def test_structures_have_the_same_fields_in_the_same_order(name):
     names = [name for line in body.strip().split(";") for name in line.replace("*", " ").replace(",", " ").split()]
     declared = [name for name in names if name not in ("int64_t", "const", "float", "double", "void", "char")]
     assert declared == [name for name, _ in STRUCTURES[name]._fields_]
+
+
+def test_the_same_landmarks_are_near():
+    text = Path(_native.__file__).with_name("_native_kernels.c").read_text()
+    assert f"#define NEAR {_attend.NEAR}f\n" in text
 
 
 @pytest.mark.parametrize("name", ["PANEL", "BLOCK"])
