@@ -35,6 +35,19 @@ TARGET static void NAME(write)(const struct rows *x, struct place p, long width,
     }
 }
 
+/* The same one after the other in the room: a product with many rows that are far from each other would find no place for
+   them in the nearest cache, whose lines are chosen by what is last in an address. */
+TARGET static struct block NAME(gather)(const struct rows *x, struct place p, long width, float *room)
+{
+    const long stride = PADDED(width);
+    const struct block rows = NAME(read)(x, p, width, room);
+    if (rows.stride == stride) return rows;
+    for (long i = 0; i < p.count; i++)
+        for (long k = 0; k < width; k += LANES)
+            *(vec *)(room + i * stride + k) = *(const vec *)(rows.at + i * rows.stride + k);
+    return (struct block){room, stride};
+}
+
 /* Cw to rows of an array, for C transposed, (m, BLOCK), and w (m, width) in padded rows. */
 TARGET static void NAME(apply)(const struct rows *x, struct place p, long width, long m, const float *c, const float *w,
                                int how, float *room)
@@ -57,8 +70,11 @@ TARGET static void NAME(points)(const struct attention *t, struct place p, float
     for (long i = 0; i < p.count; i++) {
         const float *from = q.at + i * q.stride;
         float *to = x + i * stride;
-        for (long k = 0; k < d; k++) to[k] = (from[k] - centre[k]) * scale;
-        for (long k = d; k < stride; k++) to[k] = 0;
+        long k = 0;
+        for (; k + LANES <= d; k += LANES)
+            *(vec *)(to + k) = (*(const vec *)(from + k) - *(const vec *)(centre + k)) * scale;
+        for (; k < d; k++) to[k] = (from[k] - centre[k]) * scale;
+        for (; k < stride; k++) to[k] = 0;
     }
 }
 
@@ -263,9 +279,14 @@ TARGET static void NAME(pass)(const struct attention *t, int what, long element,
 {
     const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e);
     float *x = TAKE(BLOCK * D), *x_t = TAKE(BLOCK * D), *v_room = TAKE(BLOCK * E), *g_room = TAKE(BLOCK * E);
-    float *v_t = TAKE(BLOCK * E), *g_t = TAKE(BLOCK * E), *out = TAKE(BLOCK * MOST(D, E)), *h = TAKE(BLOCK * m);
-    float *of_block = TAKE(m * MOST(D, E));
+    float *both_t = TAKE(2 * BLOCK * E), *out = TAKE(BLOCK * MOST(D, E)), *h = TAKE(BLOCK * m);
+    float *of_block = TAKE(m * MOST(D, E)), *both = TAKE(2 * m * E);
     float *c = c_kept ? c_kept : TAKE(BLOCK * m);
+    /* gw' + vs' is one product, of (g v) and (w s). */
+    for (long j = 0; what == COTANGENTS && j < m; j++) {
+        memcpy(both + 2 * j * e, w + j * E, sizeof(float) * e);
+        memcpy(both + (2 * j + 1) * e, s + j * E, sizeof(float) * e);
+    }
     for (long r = first; r < last; r += BLOCK, c += c_kept ? BLOCK * m : 0) {
         const struct place p = place_of(t, element, r, last), next = place_of(t, element, r + BLOCK, last);
         const int found = c_kept && what != SUMS;
@@ -275,7 +296,7 @@ TARGET static void NAME(pass)(const struct attention *t, int what, long element,
             NAME(gaussians)(t, what, y, x_t, c, what == SUMS ? h : 0, p.count, next);
         }
         if (what == SUMS) {
-            const struct block v = NAME(read)(&t->summed, p, e, v_room);
+            const struct block v = NAME(gather)(&t->summed, p, e, v_room);
             NAME(product)(m, E, p.count, *y->near ? h : c, BLOCK, 1, v.at, v.stride, of_block, E, SETS);
             NAME(accumulate)(m * E, of_block, sums);
         } else if (what == PRODUCT)
@@ -283,13 +304,15 @@ TARGET static void NAME(pass)(const struct attention *t, int what, long element,
         else {
             float of_rows[BLOCK] = {0};
             NAME(apply)(&t->v_bar, p, e, m, c, s, way_of(&t->v_bar, t, e), out);
-            NAME(transpose)(p.count, E, NAME(read)(&t->v, p, e, v_room), v_t);
-            NAME(transpose)(p.count, E, NAME(read)(&t->g, p, e, g_room), g_t);
-            NAME(product)(m, PADDED(p.count), e, w, E, 1, g_t, BLOCK, h, BLOCK, SETS);
-            NAME(product)(m, PADDED(p.count), e, s, E, 1, v_t, BLOCK, h, BLOCK, ADDS);
+            NAME(transpose)(p.count, E, NAME(read)(&t->g, p, e, g_room), both_t);
+            NAME(transpose)(p.count, E, NAME(read)(&t->v, p, e, v_room), both_t + e * BLOCK);
+            NAME(product)(m, PADDED(p.count), 2 * e, both, 2 * e, 1, both_t, BLOCK, h, BLOCK, SETS);
             for (long j = 0; j < m; j++) {
                 fetch(t, what, next, j, m);
-                for (long i = 0; i < p.count; i++) of_rows[i] += h[j * BLOCK + i] *= c[j * BLOCK + i];
+                for (long i = j * BLOCK, r = 0; r < PADDED(p.count); i += LANES, r += LANES) {
+                    const vec k = *(vec *)(h + i) * *(const vec *)(c + i);
+                    *(vec *)(h + i) = k, *(vec *)(of_rows + r) += k;
+                }
             }
             NAME(product)(m, D, p.count, h, BLOCK, 1, x, D, of_block, D, SETS);
             NAME(accumulate)(m * D, of_block, sums);

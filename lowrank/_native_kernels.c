@@ -216,7 +216,7 @@ static size_t room_of(const struct attention *t, int what)
     const size_t of_cotangents = what == BACKWARD ? (2 * E + m + 1) * PADDED(m) : 0;
     const size_t of_parents = (D + m) * BLOCK + PADDED(m);
     const size_t of_blocks = BLOCK * (2 * D + 4 * E + W + m * (1 + blocks));
-    return of_blocks + m * (3 * E + 2 * W) + of_landmarks(t) + of_solution + of_cotangents + of_parents;
+    return of_blocks + m * (5 * E + 2 * W) + of_landmarks(t) + of_solution + of_cotangents + of_parents;
 }
 
 #if defined(__x86_64__)
