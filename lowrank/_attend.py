@@ -95,16 +95,15 @@ class Nearby(NamedTuple):
     def sums(self, differences: Array, xp: Namespace) -> Array:
         """σ, in double precision, for what is summed of the differences."""
         differences = xp.astype(differences, self.links.dtype)
-        if compat.is_torch_array(differences):  # unlike ``solve`` it does not wait for a GPU to say if it can
-            return xp.linalg.solve_triangular(self.links, differences, upper=False, unitriangular=True)
-        return xp.linalg.solve(self.links, differences)
+        return xp.linalg.solve_triangular(self.links, differences, upper=False, unitriangular=True)
 
 
 def nearby(z: Array, centre: Array, scale: float, xp: Namespace) -> Nearby | None:
     """Of landmarks (..., m, d): the parent of one is the nearest of those before it, if that is near. None where the
-    dtype is of double precision, or has none above it; and on a CPU where no landmark has a parent."""
+    dtype is of double precision, or has none above it; on a CPU where no landmark has a parent; and of libraries other
+    than torch, for which there is no way back: X is as right without."""
     wide = widest_real(z, xp)
-    if z.dtype == wide:
+    if z.dtype == wide or not compat.is_torch_array(z):
         return None
     order = xp.arange(z.shape[-2], device=device(z))
     y = (z - centre) * scale
