@@ -36,8 +36,6 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import array_api_compat as compat
-
 from lowrank._array import (
     Array,
     Namespace,
@@ -100,10 +98,9 @@ class Nearby(NamedTuple):
 
 def nearby(z: Array, centre: Array, scale: float, xp: Namespace) -> Nearby | None:
     """Of landmarks (..., m, d): the parent of one is the nearest of those before it, if that is near. None where the
-    dtype is of double precision, or has none above it; on a CPU where no landmark has a parent; and of libraries other
-    than torch, for which there is no way back: X is as right without."""
+    dtype is of double precision, or has none above it; and on a CPU where no landmark has a parent."""
     wide = widest_real(z, xp)
-    if z.dtype == wide or not compat.is_torch_array(z):
+    if z.dtype == wide:
         return None
     order = xp.arange(z.shape[-2], device=device(z))
     y = (z - centre) * scale
@@ -218,16 +215,28 @@ def landmark_cotangents(
 
 
 def forward(
-    q: Array, z: Array, v: Array, core: Array | Factor, system: Array | None, centre: Array, scale: float, xp: Namespace
+    q: Array,
+    z: Array,
+    v: Array,
+    core: Array | Factor,
+    system: Array | None,
+    centre: Array,
+    scale: float,
+    xp: Namespace,
+    *,
+    recorded: bool = True,
 ) -> tuple[Array, Array, Array]:
-    """X, σ and w for arrays of four axes and one batch shape (B, H); X is of the dtype of v."""
+    """X, σ and w for arrays of four axes and one batch shape (B, H); X is of the dtype of v.
+
+    Where no way back is ``recorded``, C itself is summed: X is nearly as right, and of w nothing else is asked.
+    """
     out = xp.empty_like(v)  # with the strides of v
     memory, plan, found = _Memory(centre, xp), _planned(q, z), []
     room = memory.take("c", plan.room)
     for group, blocks in plan.groups:
         z_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, core, system, centre))
         v_at = _together(v, group, blocks, "v", memory, xp)
-        near = None if system is None else nearby(z_, c_, scale, xp)
+        near = nearby(z_, c_, scale, xp) if recorded and system is not None else None
         block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, near, room, memory, xp)
         sigma: Any = None
         for rows in blocks:

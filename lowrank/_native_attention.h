@@ -167,7 +167,7 @@ TARGET static void NAME(prepare)(const struct attention *t, long element, const 
         *y->far |= !(y->half_z[j] < FAR);
     }
     memcpy(y->step, y->z, sizeof(float) * m * D);
-    if (!*y->far) NAME(parents)(t, element, y, room);
+    if (t->differs && !*y->far) NAME(parents)(t, element, y, room);
 }
 
 /* A row of C less that of a parent, which is times exp(x'step + fall) - 1; and the row itself. Of landmarks that are

@@ -41,7 +41,7 @@ class Task(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("heads", "elements", "n", "m", "d", "e")),
-        *((name, ctypes.c_int64) for name in ("transposed_core", "corrections", "of_gram")),
+        *((name, ctypes.c_int64) for name in ("transposed_core", "corrections", "of_gram", "differs")),
         *((name, Rows) for name in ("q", "summed", "v", "g", "out", "q_bar", "v_bar")),
         *((name, ctypes.c_void_p) for name in ("centre", "z", "core", "system", "sigma")),
         *((name, ctypes.c_void_p) for name in ("landmarks", "w", "sigma_bar", "sums", "from_q", "z_bar", "wide_sums")),
@@ -70,9 +70,12 @@ def forward(
     centre: Tensor,
     scale: float,
     xp: Namespace,
+    *,
+    recorded: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """X, σ and w, as ``_attend.forward`` has them."""
     call = _Call(q, z, v, centre, scale)
+    call.task.differs = recorded and system is not None
     core = call.inverse(core)
     out = call.writes("out", v)
     call.reads(summed=v)
@@ -105,6 +108,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q̄, z̄, v̄, and M̄ or P̄, as ``_attend.backward`` has them."""
     call = _Call(q, z, v, centre, scale)
+    call.task.differs = system is not None
     core = call.inverse(core)
     q_bar, v_bar = call.writes("q_bar", q), call.writes("v_bar", v)
     call.reads(summed=g, v=v, g=g)

@@ -34,10 +34,11 @@ class Attention(torch.autograd.Function):
         centre: Tensor,
         scale: float,
         ridge: float | None,
+        recorded: bool,
     ) -> Tensor:
         """Where ``ridge`` is given, P is k(z, z) + ridge·I, a constant, and its derivative is in that of z."""
         ctx.way = _way(q, z, v)
-        out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp)
+        out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp, recorded=recorded)
         ctx.scale, ctx.factored, ctx.ridge = scale, isinstance(core, Factor), ridge
         kept = core.lower if isinstance(core, Factor) else core
         ctx.save_for_backward(q, z, v, kept, system, centre, sums, weights)
@@ -54,7 +55,7 @@ class Attention(torch.autograd.Function):
                 q, z, v, core, system, centre, ctx.scale, sums, weights, g, xp, of_gram=ctx.ridge is not None
             )
         inners = (inner, None) if system is None else (None, inner)
-        return q_bar, z_bar, v_bar, *inners, None, None, None
+        return q_bar, z_bar, v_bar, *inners, None, None, None, None
 
     @staticmethod
     def differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -68,7 +69,7 @@ class Attention(torch.autograd.Function):
             core = Factor(core) if ctx.factored else core
             return _attend.plain(q, z, v, core, system, centre, ctx.scale, xp)
 
-        return *gradients_of(plain, tuple(inputs), g, ctx.needs_input_grad[:5]), None, None, None
+        return *gradients_of(plain, tuple(inputs), g, ctx.needs_input_grad[:5]), None, None, None, None
 
 
 def _way(q: Tensor, z: Tensor, v: Tensor) -> Any:
@@ -90,9 +91,11 @@ class _ByKernels:
         centre: Tensor,
         scale: float,
         xp: Namespace,
+        *,
+        recorded: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, y = (q - centre) * scale, (z - centre) * scale
-        near = None if system is None else _attend.nearby(z, centre, scale, xp)
+        near = _attend.nearby(z, centre, scale, xp) if recorded and system is not None else None
         sums, weights = _solved(x, y, v.to(x.dtype), core, system, near)
         return _fused_attention.product(x, y, weights).to(v.dtype), sums, weights
 

@@ -23,6 +23,7 @@ from lowrank._array import (
     add_to_diagonal,
     arithmetic,
     broadcast_shapes,
+    carries_derivative,
     check_flag,
     cholesky,
     identity,
@@ -340,9 +341,9 @@ def _attended(
     if compat.is_torch_array(q):
         from lowrank._torch_attention import Attention
 
-        out = Attention.apply(q, z, v, core, system, centre, scale, ridge)
+        out = Attention.apply(q, z, v, core, system, centre, scale, ridge, any(map(carries_derivative, arrays)))
     else:
-        out, _, _ = _attend.forward(q, z, v, core, system, centre, scale, xp)
+        out, _, _ = _attend.forward(q, z, v, core, system, centre, scale, xp, recorded=False)
     return out if len(batch) == 2 else xp.reshape(out, (*batch, *out.shape[-2:]))
 
 

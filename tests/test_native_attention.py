@@ -217,8 +217,8 @@ def test_what_differs_between_landmarks_nearby_is_right(m, width):
     quotient of two by three: of an exponential, a product, and the rest of an exponent."""
     q, first = points(0, 500, 1, 1, 32, spread=0.7), points(1, 1, 1, 1, 32, spread=0.3)
     z = (first + 1e-3 * points(2, 1, 1, m, 32)).expand(500, 1, m, 32)
-    one, centre = torch.ones(500, 1, 1, 1), torch.zeros(500, 1, 1, 32)
-    _, found, _ = _native_attention.forward(q, z, one, torch.eye(m).expand(500, 1, m, m), None, centre, 1.0, XP)
+    one, centre, eye = torch.ones(500, 1, 1, 1), torch.zeros(500, 1, 1, 32), torch.eye(m).expand(500, 1, m, m)
+    _, found, _ = _native_attention.forward(q, z, one, eye, eye, centre, 1.0, XP)
     half = 0.5 * (q.double() - z.double()).square().sum(-1, keepdim=True)
     exact, found = torch.exp(-half), found.double()
     assert 4 < half.mean() < 16
