@@ -339,6 +339,26 @@ def test_queries_of_no_tokens_get_nothing():
     assert torch.equal(out, torch.zeros_like(v))
 
 
+def test_differences_are_for_the_way_back_alone(monkeypatch, uncompiled):
+    """Whoever only wants X does not pay for them."""
+
+    class Asked(Exception):
+        pass
+
+    def asked(*_):
+        raise Asked
+
+    monkeypatch.setattr(_attend, "nearby", asked)
+    q, v, z = (x.float() for x in triple())
+    softmax_free_attention(q, v, z)
+    softmax_free_attention(q.numpy(), v.numpy(), z.numpy())
+    for x in (q, v, z):
+        with pytest.raises(Asked):
+            softmax_free_attention(*(y.clone().requires_grad_() if y is x else y for y in (q, v, z)))
+        with torch.no_grad():
+            softmax_free_attention(*(y.clone().requires_grad_() if y is x else y for y in (q, v, z)))
+
+
 def near_singular(kind):
     """q, v, landmarks that nearly coincide, in pairs, in clusters or all, but are far from one another else, and a
     cotangent."""
