@@ -17,15 +17,7 @@ this makes X ten to a hundred times as accurate where landmarks nearly coincide,
 "Accuracy and Stability of Numerical Algorithms", 2002, chapter 12, on iterative refinement). The Cholesky factor of P
 can take the place of M: to solve with it is nearly as accurate, and one correction is enough.
 
-What is left is σ's own error, where the rows of C of landmarks that are close are rounded apart from one another. So
-what is summed for a landmark z that has an earlier one, p, nearby, its parent, is the difference of their rows,
-
-    c_z − c_p = −c_z expm1(−t),   t = s²(q − (z + p)/2)ᵀ(z − p),
-
-whose error is small as the difference is, and the σ of the parent is added in double precision. z − p is that of the
-landmarks as they are given, before rounding of anything else, and P is of double precision too (``nearby``, and
-``_gram`` in ``attention``). In float32 z̄ is then right to 1e-6, where landmarks in pairs, clusters or all together
-nearly coincide; without it, and so by the formula in float32, to 1e-4.
+What is left is σ's own error: where landmarks are near one another it is differences that are summed (``_nearby``).
 """
 
 from __future__ import annotations
@@ -53,6 +45,7 @@ from lowrank._array import (
     transposed_copy,
     widest_real,
 )
+from lowrank._nearby import STEEP, Nearby, nearby
 from lowrank.kernels import _expanded_squared_distances, _slices
 
 # Entries of a block of C, that is of how many points are taken together. It is written once and read by two to six
@@ -67,10 +60,6 @@ _CPU_BLOCKS, _GPU_BLOCKS = 2, 1
 # Each correction multiplies the error of w by I − MP once more: where that is eps^⅓, two leave eps. The derivative that
 # a library takes of the corrections, M held fixed, has the error 3‖I − MP‖², and that of ``backward`` the error of w.
 CORRECTIONS = 2
-# In lengthscales. Of landmarks farther apart rounding of two rows of C is no larger than of their difference.
-NEAR = 0.5
-# Of −t: where it is larger C is 0 already, and their product is to stay so.
-STEEP = 80.0
 
 
 class Factor(NamedTuple):
@@ -80,42 +69,6 @@ class Factor(NamedTuple):
 
     def __matmul__(self, b: Array) -> Array:
         return solve_cholesky(self.lower, b)
-
-
-class Nearby(NamedTuple):
-    """What differs between landmarks and their parents: s(z − p), a column each, 0 where there is no parent; what with
-    −sxᵀ(z − p) gives −t, −∞ there; and I less a 1 for each parent."""
-
-    steps: Array  # (..., d, m)
-    falls: Array  # (..., 1, m)
-    links: Array  # (..., m, m), of double precision
-
-    def sums(self, differences: Array, xp: Namespace) -> Array:
-        """σ, in double precision, for what is summed of the differences."""
-        differences = xp.astype(differences, self.links.dtype)
-        return xp.linalg.solve_triangular(self.links, differences, upper=False, unitriangular=True)
-
-
-def nearby(z: Array, centre: Array, scale: float, xp: Namespace) -> Nearby | None:
-    """Of landmarks (..., m, d): the parent of one is the nearest of those before it, if that is near. None where the
-    dtype is of double precision, or has none above it; and on a CPU where no landmark has a parent."""
-    wide = widest_real(z, xp)
-    if z.dtype == wide:
-        return None
-    order = xp.arange(z.shape[-2], device=device(z))
-    y = (z - centre) * scale
-    products = y @ xp.matrix_transpose(y)
-    half = 0.5 * xp.sum(y * y, axis=-1, keepdims=True)
-    close = xp.where(order < order[:, None], products - half - xp.matrix_transpose(half), -xp.inf)  # −‖y − y'‖²/2
-    has = xp.max(close, axis=-1, keepdims=True) > -0.5 * NEAR**2
-    if is_on_cpu(z) and not xp.any(has):
-        return None
-    parents = xp.astype(has & (order == xp.argmax(close, axis=-1, keepdims=True)), z.dtype)
-    # A product with zeros and one 1 is what it is of, exactly.
-    steps = xp.where(has, (z - parents @ z) * scale, xp.zeros_like(z))
-    falls = xp.where(has, 0.5 * xp.sum(steps * (y + parents @ y), axis=-1, keepdims=True), -xp.inf)
-    links = xp.astype(identity(products, xp) - parents, wide)
-    return Nearby(xp.matrix_transpose(steps), xp.matrix_transpose(falls), links)
 
 
 def plain(

@@ -12,7 +12,7 @@ receive, with P = C ∘ (g wᵀ + v s̄ᵀ),
 
     v̄ = C s̄,   q̄ = P z − q ∘ rowsum(P),   z̄ = Pᵀq − z ∘ colsum(P) = cotangents(q, z, v, g, w, s_bar).
 
-Where landmarks are near others the first sums what differs from their parents, and ``_attend`` says why and what.
+Where landmarks are near others the first sums what differs from their parents, and ``_nearby`` says why and what.
 
 Two kinds of programs: one holds a few landmarks and runs through a stretch of the tokens (Cᵀv, z̄), the other holds a
 few tokens and runs through the landmarks (C w, q̄ and v̄). A program with both kinds of sums does not fit into
@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from lowrank._attend import STEEP
+from lowrank._nearby import STEEP
 
 try:
     import triton

@@ -17,6 +17,7 @@ from torch import Tensor
 from lowrank import _attend, _fused_attention, _native_attention
 from lowrank._array import Namespace, arithmetic, gradients_of, identity, is_traced
 from lowrank._attend import Factor
+from lowrank._nearby import Nearby, nearby
 
 
 class Attention(torch.autograd.Function):
@@ -95,7 +96,7 @@ class _ByKernels:
         recorded: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, y = (q - centre) * scale, (z - centre) * scale
-        near = _attend.nearby(z, centre, scale, xp) if recorded and system is not None else None
+        near = nearby(z, centre, scale, xp) if recorded and system is not None else None
         sums, weights = _solved(x, y, v.to(x.dtype), core, system, near)
         return _fused_attention.product(x, y, weights).to(v.dtype), sums, weights
 
@@ -117,7 +118,7 @@ class _ByKernels:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         x, y = (q - centre) * scale, (z - centre) * scale
         values, g = v.to(x.dtype), g.to(x.dtype)
-        near = None if system is None else _attend.nearby(z, centre, scale, xp)
+        near = None if system is None else nearby(z, centre, scale, xp)
         w_bar, sigma_bar = _solved(x, y, g, core.mT if system is None else core, system, near)
         x_bar, y_bar, v_bar = _fused_attention.cotangents(x, y, values, g, weights, sigma_bar)
         q_bar, v_bar = (scale * x_bar).to(q.dtype), v_bar.to(v.dtype)
@@ -128,7 +129,7 @@ class _ByKernels:
 
 
 def _solved(
-    x: Tensor, y: Tensor, v: Tensor, core: Any, system: Tensor | None, near: _attend.Nearby | None
+    x: Tensor, y: Tensor, v: Tensor, core: Any, system: Tensor | None, near: Nearby | None
 ) -> tuple[Tensor, Tensor]:
     """σ = Cᵀv and w, by the kernels."""
     differs = () if near is None else (near.steps.mT, near.falls[..., 0, :])

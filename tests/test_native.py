@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank import _attend, _native, _native_attention, _native_core, _native_mlp, _native_newton
+from lowrank import _native, _native_attention, _native_core, _native_mlp, _native_newton, _nearby
 
 STRUCTURES = {
     "rows": _native_attention.Rows,
@@ -27,7 +27,7 @@ def test_structures_have_the_same_fields_in_the_same_order(name):
 
 def test_the_same_landmarks_are_near():
     text = Path(_native.__file__).with_name("_native_kernels.c").read_text()
-    assert f"#define NEAR {_attend.NEAR}f\n" in text
+    assert f"#define NEAR {_nearby.NEAR}f\n" in text
 
 
 @pytest.mark.parametrize("name", ["PANEL", "BLOCK"])
