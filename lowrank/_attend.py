@@ -181,7 +181,7 @@ def forward(
 ) -> tuple[Array, Array, Array]:
     """X, σ and w for arrays of four axes and one batch shape (B, H); X is of the dtype of v.
 
-    Where no way back is ``recorded``, C itself is summed: X is nearly as right, and of w nothing else is asked.
+    Where no way back is ``recorded``, C itself is summed, also of landmarks nearby: X is nearly as right without.
     """
     out = xp.empty_like(v)  # with the strides of v
     memory, plan, found = _Memory(centre, xp), _planned(q, z), []

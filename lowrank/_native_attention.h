@@ -200,9 +200,9 @@ TARGET static void NAME(add_parents)(const struct NAME(landmarks) *y, long m, do
         for (long r = 0; y->parent[j] >= 0 && r < width; r++) rows[j * width + r] += rows[y->parent[j] * width + r];
 }
 
-/* C transposed, (m, count), of points transposed, (d, count), in rows of BLOCK; and, if less is not 0 and some are near, less
-   the rows of parents. x'z, |x|^2 and |z|^2 are summed in the same order: where a point is next to a landmark their roundings are nearly
-   the same, and go. next are the points that come next. */
+/* C transposed, (m, count), of points transposed, (d, count), in rows of BLOCK; and, if less is not 0 and some landmarks
+   are near others, C less the rows of parents there. x'z, |x|^2 and |z|^2 are summed in the same order: where a point is
+   next to a landmark their roundings are nearly the same, and go. next are the points that come next. */
 TARGET static void NAME(gaussians)(const struct attention *t, int what, const struct NAME(landmarks) *y, const float *x,
                                    float *c, float *less, long count, struct place next)
 {

@@ -70,10 +70,10 @@ struct rows {
 };
 
 /* What is summed is v or g. Arrays that are not rows are packed, with the elements of both batch axes on one: c
-   (elements, d), z, the landmarks as they are (elements, m, d), M, transposed or not, and P (elements, m, m), which are
-   read of whole elements alone, w, sigma_bar and sigma = C'v (elements, m, e), sums (elements, chunks, m, e), H'x (elements,
-   chunks, m, d), z_bar (elements, m, d); what is made of landmarks (elements, of_landmarks); and
-   wide_sums as sums of one chunk. If it differs, differences between landmarks nearby are summed in place of C. */
+   (elements, d), z, the landmarks as they are (elements, m, d), M, transposed or not, and P (elements, m, m), which
+   w is solved for with, w, sigma_bar and sigma = C'v (elements, m, e), sums (elements, chunks, m, e), wide_sums as those of
+   one chunk, H'x (elements, chunks, m, d), z_bar (elements, m, d), and what is made of landmarks (elements, of_landmarks).
+   If it differs, what differs between landmarks nearby is summed in place of C. */
 struct attention {
     int64_t heads, elements, n, m, d, e, transposed_core, corrections, of_gram, differs;
     struct rows q, summed, v, g, out, q_bar, v_bar;
