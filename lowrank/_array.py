@@ -307,9 +307,11 @@ def gradients_of(function: Callable[..., Array], inputs: tuple[Array, ...], g: A
     for the others; to be differentiated again, or for many g at once."""
     import torch
 
-    wanted = [x for x, wants_x in zip(inputs, wants, strict=True) if wants_x]
     with torch.enable_grad():
+        # Of inputs that are made of one another the cotangents are to be each one's own: views of them are not.
+        inputs = tuple(x.view_as(x) if wants_x else x for x, wants_x in zip(inputs, wants, strict=True))
         out = function(*inputs)
+    wanted = [x for x, wants_x in zip(inputs, wants, strict=True) if wants_x]
     found = iter(torch.autograd.grad(out, wanted, g, create_graph=torch.is_grad_enabled()))
     return tuple(next(found) if wants_x else None for wants_x in wants)
 

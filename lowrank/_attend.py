@@ -57,9 +57,10 @@ _CPU_ENTRIES, _GPU_ENTRIES = 2**21, 2**25
 # are 16 MiB in float32.
 _CPU_BLOCKS, _GPU_BLOCKS = 2, 1
 
-# Each correction multiplies the error of w by I − MP once more: where that is eps^⅓, two leave eps. The derivative that
-# a library takes of the corrections, M held fixed, has the error 3‖I − MP‖², and that of ``backward`` the error of w.
-CORRECTIONS = 2
+# Each correction multiplies the error of w by I − MP once more: where that is eps^⅓, two leave eps. What a library
+# takes for derivatives of the corrections, M held fixed, has for each derivative one factor less: two more corrections,
+# and the second is as right as w.
+CORRECTIONS, DERIVATIVES = 2, 2
 
 
 class Factor(NamedTuple):
@@ -105,7 +106,7 @@ def corrected(core: Array | Factor, system: Array | None, sigma: Array, xp: Name
     w = core @ sigma
     if system is not None:
         wide = system.dtype
-        for _ in range(CORRECTIONS):
+        for _ in range(CORRECTIONS + DERIVATIVES):
             missing = xp.astype(sigma, wide, copy=False) - system @ xp.astype(w, wide, copy=False)
             w = w + core @ xp.astype(missing, w.dtype, copy=False)
     return w

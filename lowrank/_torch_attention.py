@@ -18,6 +18,7 @@ from lowrank import _attend, _fused_attention, _native_attention
 from lowrank._array import Namespace, arithmetic, gradients_of, identity, is_traced
 from lowrank._attend import Factor
 from lowrank._nearby import Nearby, nearby
+from lowrank._segments import add_cotangents, segment_means
 
 
 class Attention(torch.autograd.Function):
@@ -35,12 +36,14 @@ class Attention(torch.autograd.Function):
         centre: Tensor,
         scale: float,
         ridge: float | None,
+        of_segments: bool,
         recorded: bool,
     ) -> Tensor:
-        """Where ``ridge`` is given, P is k(z, z) + ridge·I, a constant, and its derivative is in that of z."""
+        """Where ``ridge`` is given, P is k(z, z) + ridge·I, a constant, and its derivative is in that of z; where z are
+        means of segments of q, a constant as well, that is in the one of q."""
         ctx.way = _way(q, z, v)
         out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp, recorded=recorded)
-        ctx.scale, ctx.factored, ctx.ridge = scale, isinstance(core, Factor), ridge
+        ctx.scale, ctx.factored, ctx.ridge, ctx.of_segments = scale, isinstance(core, Factor), ridge, of_segments
         kept = core.lower if isinstance(core, Factor) else core
         ctx.save_for_backward(q, z, v, kept, system, centre, sums, weights)
         return out
@@ -56,7 +59,9 @@ class Attention(torch.autograd.Function):
                 q, z, v, core, system, centre, ctx.scale, sums, weights, g, xp, of_gram=ctx.ridge is not None
             )
         inners = (inner, None) if system is None else (None, inner)
-        return q_bar, z_bar, v_bar, *inners, None, None, None, None
+        if ctx.of_segments:
+            add_cotangents(q_bar, z_bar, xp)
+        return q_bar, None if ctx.of_segments else z_bar, v_bar, *inners, *(None,) * 5
 
     @staticmethod
     def differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,13 +69,15 @@ class Attention(torch.autograd.Function):
         *inputs, centre, _, _ = ctx.saved_tensors
 
         def plain(q: Tensor, z: Tensor, v: Tensor, core: Any, system: Tensor | None) -> Tensor:
+            if ctx.of_segments:
+                z = segment_means(q, z.shape[-2], xp).to(z.dtype)
             if ctx.ridge is not None:
                 a = _attend.gaussian_gram((z - centre) * ctx.scale, xp)
                 system = a + ctx.ridge * identity(a, xp)
             core = Factor(core) if ctx.factored else core
             return _attend.plain(q, z, v, core, system, centre, ctx.scale, xp)
 
-        return *gradients_of(plain, tuple(inputs), g, ctx.needs_input_grad[:5]), None, None, None, None
+        return *gradients_of(plain, tuple(inputs), g, ctx.needs_input_grad[:5]), *(None,) * 5
 
 
 def _way(q: Tensor, z: Tensor, v: Tensor) -> Any:

@@ -28,6 +28,7 @@ from lowrank._array import (
     cholesky,
     identity,
     is_half,
+    is_integer,
     is_traced,
     is_transformed,
     namespace,
@@ -37,13 +38,14 @@ from lowrank._array import (
     widest_real,
     writes,
 )
+from lowrank._segments import segment_means
 from lowrank.kernels import _checked_lengthscale
 
 
 def softmax_free_attention(
     q: Array,
     v: Array,
-    landmarks: Array,
+    landmarks: Array | int,
     /,
     *,
     lengthscale: float | Array | None = None,
@@ -66,8 +68,9 @@ def softmax_free_attention(
         Queries, which are the keys as well. Real floating; float16 and bfloat16 are computed in float32.
     v : array, shape (..., n, e)
         Values.
-    landmarks : array, shape (..., m, d)
-        z. Leading axes of the three arrays are batch axes and broadcast.
+    landmarks : array, shape (..., m, d), or int
+        z. Leading axes of the three arrays are batch axes and broadcast. An int m stands for the means of m segments of
+        the tokens, those of :func:`lowrank.segment_means`, or for the tokens themselves where there are no more than m.
     lengthscale : float or array of shape (d,), optional
         ℓ, in the units of ``q``; must be positive. The default is d^¼, so that k = exp(−‖q − z‖²/(2√d)), the
         counterpart of softmax attention's scale.
@@ -105,7 +108,8 @@ def softmax_free_attention(
         library, ``lengthscale`` is neither a number nor a real floating array of it, ``normalize`` is neither True nor
         False, or ``inverse`` is not callable, or returns no array of the library and dtype of its argument.
     ValueError
-        If their shapes do not fit, they are on different devices, ``lengthscale`` is not positive and finite, ``ridge``
+        If their shapes do not fit, they are on different devices, ``landmarks`` is an int below 1, or an int beside a
+        mask, ``lengthscale`` is not positive and finite, ``ridge``
         is negative or not finite, ``method`` is neither of the two, or is "direct" beside an ``inverse``, or that
         returns an array of another shape.
 
@@ -127,30 +131,37 @@ def softmax_free_attention(
     >>> x.shape
     (1000, 2)
     """
-    points = {"q": q, "v": v, "landmarks": landmarks} | ({} if queries is None else {"queries": queries})
+    points = {"q": q, "v": v}
+    points |= {} if is_integer(landmarks) else {"landmarks": landmarks}
+    points |= {} if queries is None else {"queries": queries}
     xp = namespace(**points)
     if xp.isdtype(q.dtype, "complex floating"):
         raise TypeError(f"q has dtype {q.dtype} (shape {tuple(q.shape)}); attention needs a real floating dtype")
     _check_shapes(points)
     _check_mask("mask", mask, "q", q, xp)
-    _check_mask("landmark_mask", landmark_mask, "landmarks", landmarks, xp)
+    if is_integer(landmarks):
+        _check_count(landmarks, q, mask, landmark_mask)
+    else:
+        _check_mask("landmark_mask", landmark_mask, "landmarks", landmarks, xp)
     ell = max(q.shape[-1], 1) ** 0.25 if lengthscale is None else _checked_lengthscale(lengthscale, q, xp)
     _check_options(ridge, normalize, method, inverse)
     ridge = float(ridge)
 
-    result_dtype = q.dtype
+    result_dtype, of_segments = q.dtype, False
+    z: Array = landmarks
+    if is_integer(landmarks):
+        z = segment_means(q, int(landmarks), xp) if landmarks < q.shape[-2] else q
+        of_segments = landmarks < q.shape[-2] and queries is None
     if is_half(q):
         # Tokens are left to those who take them part by part.
-        landmarks = xp.astype(landmarks, xp.float32)
+        z = xp.astype(z, xp.float32)
     with arithmetic(q):
         scale = 1.0
         if isinstance(ell, float):
             scale = 1 / ell
         else:
-            q, landmarks, queries = (
-                None if x is None else xp.astype(x, landmarks.dtype, copy=False) / ell for x in (q, landmarks, queries)
-            )
-        z, x, v = _only(landmarks, landmark_mask, xp), _only(q, mask, xp), _only(v, mask, xp)
+            q, z, queries = (None if x is None else xp.astype(x, z.dtype, copy=False) / ell for x in (q, z, queries))
+        z, x, v = _only(z, landmark_mask, xp), _only(q, mask, xp), _only(v, mask, xp)
         c = _centre(z, landmark_mask, xp)
         if queries is not None:
             x, v = _with_queries(x, v, queries, xp)
@@ -158,7 +169,8 @@ def softmax_free_attention(
         in_blocks = _is_in_blocks(x, z, v)
         if usual and in_blocks:
             core, system = _gram_core(_wide_points(stop_gradient(z), c, scale, xp), ridge, method, z.dtype, xp)
-            out = _attended(x, z, v, core, system, c, scale, xp, ridge=ridge)
+            z = stop_gradient(z) if of_segments else z
+            out = _attended(x, z, v, core, system, c, scale, xp, ridge=ridge, of_segments=of_segments)
         else:
             # Of an inverse that is used as it is, and of a traced program, for other devices too, P is no wider.
             wide = in_blocks and inverse is None and ridge > 0
@@ -167,6 +179,17 @@ def softmax_free_attention(
             out = _attended(x, z, v, core, system, c, scale, xp)
         out = out[..., q.shape[-2] :, :] if queries is not None else _only(out, mask, xp)
     return xp.astype(out, result_dtype, copy=False)
+
+
+def _check_count(count: int, q: Array, mask: Array | None, landmark_mask: Array | None) -> None:
+    if count < 1:
+        raise ValueError(f"landmarks must be at least 1 where they are given by their number, not {shown(count)}")
+    if mask is not None or landmark_mask is not None:
+        name = "landmark_mask" if mask is None else "mask"
+        raise ValueError(
+            f"landmarks={shown(count)} are means over all tokens (q has shape {tuple(q.shape)}), which {name} makes a "
+            "question; give landmarks as an array, or take lowrank.nn.SoftmaxFreeAttention, which pools under a mask"
+        )
 
 
 def _check_options(ridge: Any, normalize: Any, method: Any, inverse: Any) -> None:
@@ -315,12 +338,14 @@ def _attended(
     xp: Namespace,
     *,
     ridge: float | None = None,
+    of_segments: bool = False,
 ) -> Array:
     """X for q (..., n, d), z (..., m, d), v (..., n, e), M and P (..., m, m), or M alone, and centre (..., 1, d).
 
     q and v may be of half precision: X is computed in the dtype of the others and returned in that of v.
     Where P is given M is a constant, and derivatives are those of P⁻¹. Where ``ridge`` is given as well, which is for
-    blocks alone, P is k(z, z) + ridge·I without a history of derivatives, and its derivative is in that of z.
+    blocks alone, P is k(z, z) + ridge·I without a history of derivatives, and its derivative is in that of z; and so is
+    that of z, means of segments of q, in the one of q if ``of_segments``.
     """
     matrix = core.lower if isinstance(core, _attend.Factor) else core
     arrays = [x for x in (q, z, v, matrix, centre, system) if x is not None]
@@ -341,7 +366,8 @@ def _attended(
     if compat.is_torch_array(q):
         from lowrank._torch_attention import Attention
 
-        out = Attention.apply(q, z, v, core, system, centre, scale, ridge, any(map(carries_derivative, arrays)))
+        recorded = any(map(carries_derivative, arrays))
+        out = Attention.apply(q, z, v, core, system, centre, scale, ridge, of_segments, recorded)
     else:
         out, _, _ = _attend.forward(q, z, v, core, system, centre, scale, xp, recorded=False)
     return out if len(batch) == 2 else xp.reshape(out, (*batch, *out.shape[-2:]))

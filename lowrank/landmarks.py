@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank import _segments
 from lowrank._array import (
     Array,
     Namespace,
@@ -29,7 +30,6 @@ from lowrank._array import (
     number,
     shown,
     solve_triangular,
-    split_rows,
     stop_gradient,
     to_host,
     widest_real,
@@ -108,12 +108,8 @@ def segment_means(
             f"segment_means averages points, and with kernel=None x (shape {tuple(x.shape)}) is the matrix K itself; "
             "choose landmarks='uniform' or indices, or give the points and their kernel"
         )
-    xp, n = _checked(x, rank)
-    short, longer = divmod(n, rank)
-    if longer == 0:
-        return _means_of_equal_segments(x, rank, xp)
-    parts = zip(split_rows(x, longer * (short + 1)), (longer, rank - longer), strict=True)
-    return xp.concat([_means_of_equal_segments(part, count, xp) for part, count in parts], axis=-2)
+    xp, _ = _checked(x, rank)
+    return _segments.segment_means(x, rank, xp)
 
 
 def rpcholesky(
@@ -307,11 +303,6 @@ def _squared_norms(columns: Array, axis: int, dtype: Any, xp: Namespace) -> Arra
     """Σ F² along an axis, without an array of the squares."""
     norms = xp.astype(xp.linalg.vector_norm(columns, axis=axis), dtype)
     return norms * norms
-
-
-def _means_of_equal_segments(x: Array, count: int, xp: Namespace) -> Array:
-    *batch, n, d = x.shape
-    return xp.mean(xp.reshape(x, (*batch, count, n // count, d)), axis=-2)
 
 
 def _index_array(indices: np.ndarray, like: Array, xp: Namespace) -> Array:

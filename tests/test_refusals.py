@@ -971,7 +971,8 @@ TABLE = {
             "the arguments are not arrays": [
                 *no_arrays("q", lambda q: given(q, X, Z)),
                 *no_arrays("v", lambda v: given(X, v, Z)),
-                *no_arrays("landmarks", lambda z: given(X, X, z)),
+                *(bad for bad in no_arrays("landmarks", lambda z: given(X, X, z)) if "not int" not in bad[0]),
+                *(("landmarks must be an array", given(X, X, z)) for z in (3.0, True)),
                 *no_arrays("queries", lambda q: given(queries=q))[:3],
             ],
             "of one library": [("q is a numpy array and landmarks a torch array", given(X, X, torch.asarray(Z)))],
@@ -1014,6 +1015,13 @@ TABLE = {
             "they are on different devices": [
                 ("landmarks (shape (6, 2)) on meta", given(T, T, META)),
                 ("mask is on device meta and q on cpu", given(T, T, T, mask=torch.ones(6, dtype=bool, device="meta"))),
+            ],
+            "``landmarks`` is an int below 1": [
+                (("landmarks must be at least 1", f"not {k}"), given(X, X, k)) for k in (0, -1)
+            ],
+            "an int beside a mask": [
+                ("landmarks=2 are means over all tokens", given(X, X, 2, mask=np.ones(6, bool))),
+                ("which landmark_mask makes a question", given(X, X, 2, landmark_mask=np.ones(2, bool))),
             ],
             "``lengthscale`` is not positive and finite": BAD_LENGTHSCALES,
             "``ridge`` is negative": refused("ridge", -0.1, -math.inf),

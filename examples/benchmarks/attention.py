@@ -1,6 +1,7 @@
 """Time, memory and error of attention against the number of tokens, from 256 to 2²⁰, for nine kinds of attention.
 
-lowrank        ``softmax_free_attention`` with 49 landmarks, the means of 49 segments, which are part of the call.
+lowrank        ``softmax_free_attention`` with 49 landmarks, the means of 49 segments, which are part of the call, as of
+               those of the next four.
 blocks         The same without its compiled kernels, as where there was no C compiler: by torch's operations.
 null key       The same by two calls of torch's scaled_dot_product_attention with one key more, which computes Gaussian
                products; the core is solved with by LU factors.
@@ -98,33 +99,37 @@ def published_block(x: Tensor, z: Tensor) -> Tensor:
     return torch.exp(-0.5 * (x_squares + z_squares - 2 * (x @ z.mT)))
 
 
-def textbook(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
-    q, z = q / SCALE, z / SCALE
+def means(q: Tensor) -> Tensor:
+    return segment_means(q, rank=LANDMARKS, kernel=gaussian_kernel)
+
+
+def textbook(q: Tensor, v: Tensor) -> Tensor:
+    q, z = q / SCALE, means(q) / SCALE
     c, a = published_block(q, z), published_block(z, z)
     return (c @ PublishedInverse.apply(a)) @ (c.mT @ v)
 
 
-def null_key(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
+def null_key(q: Tensor, v: Tensor) -> Tensor:
     """Both products with C by torch's softmax attention with one key more."""
+    z = means(q)
     centre = z.detach().mean(-2, keepdim=True)
     x, y = ((points - centre) / SCALE for points in (q, z))
     system = gaussian_kernel(y, y) + RIDGE * torch.eye(y.shape[-2], dtype=y.dtype, device=y.device)
     return gaussian_product(x, y, torch.linalg.solve(system, gaussian_product(y, x, v)))
 
 
-def blocks(q: Tensor, v: Tensor, z: Tensor) -> Tensor:
+def ours(q: Tensor, v: Tensor, **options: str) -> Tensor:
+    return softmax_free_attention(q, v, LANDMARKS, ridge=RIDGE, **options)
+
+
+def blocks(q: Tensor, v: Tensor) -> Tensor:
     with mock.patch.object(_native, "is_built", return_value=False):
-        return softmax_free_attention(q, v, z, ridge=RIDGE)
+        return ours(q, v)
 
 
-# Softmax-free attention on given landmarks, by name: q, v, z -> k(q, z) A⁺ k(z, q) v.
-ROUTES = {"lowrank": partial(softmax_free_attention, ridge=RIDGE), "null key": null_key, "textbook": textbook}
-ROUTES["blocks"] = blocks
-ROUTES["direct"] = partial(softmax_free_attention, ridge=RIDGE, method="direct")
-
-
-def on_landmarks(route: Callable, q: Tensor, v: Tensor) -> Tensor:
-    return route(q, v, segment_means(q, rank=LANDMARKS, kernel=gaussian_kernel))
+# Softmax-free attention, by name.
+ROUTES = {"lowrank": ours, "null key": null_key, "textbook": textbook, "blocks": blocks}
+ROUTES["direct"] = partial(ours, method="direct")
 
 
 def linear(q: Tensor, v: Tensor) -> Tensor:
@@ -159,7 +164,7 @@ def nystromformer(q: Tensor, v: Tensor) -> Tensor:
 
 
 def methods(dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    found = {name: partial(on_landmarks, route) for name, route in ROUTES.items()}
+    found = dict(ROUTES)
     found["Gaussian"] = lambda q, v: gaussian_matmul(q, q, v, lengthscale=SCALE)
     found["softmax"] = lambda q, v: F.scaled_dot_product_attention(q, q, v)
     found["linear"] = linear
@@ -171,7 +176,7 @@ def methods(dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor], Tensor]]
 def plain(name: str, q: Tensor, v: Tensor) -> Tensor:
     """The formula that ``name`` computes, with nothing done for speed or memory."""
     if name in ROUTES:
-        z = segment_means(q, rank=LANDMARKS, kernel=gaussian_kernel)
+        z = means(q)
         c, a = (torch.exp(-0.5 * (torch.cdist(x, z, compute_mode=DIRECT) / SCALE) ** 2) for x in (q, z))
         return c @ torch.linalg.solve(a + RIDGE * torch.eye(LANDMARKS, dtype=q.dtype, device=q.device), c.mT @ v)
     if name == "Gaussian":
@@ -381,7 +386,7 @@ def main(arguments: list[str] | None = None) -> None:
     about = setting("attention", options.device, arguments) | {"dtype": options.dtype}
     if "Nyströmformer" not in methods(DTYPES[options.dtype]):
         about["left out"] = "Nyströmformer: it needs transformers, and its code does not run in half precision"
-    z = segment_means(tokens(1, 3136, torch.float64, "cpu")[0], rank=LANDMARKS, kernel=gaussian_kernel)
+    z = means(tokens(1, 3136, torch.float64, "cpu")[0])
     core = gaussian_kernel(z, z, lengthscale=SCALE) + RIDGE * torch.eye(LANDMARKS, dtype=z.dtype)
     about["condition"] = round(float(torch.linalg.cond(core)))
     print(", ".join(f"{key} {value}" for key, value in about.items()), file=sys.stderr)
