@@ -23,6 +23,9 @@ WHOLE_ENTRIES, WHOLE_ELEMENTS = 2**18, 8
 # Features of a point or a value. Of 96, calls with 8 to 128 landmarks take 0.5 to 1.0 of the time of the blocks, of 128
 # up to 1.25: a block no longer fits the nearest caches, and a library's products of large matrices are as fast.
 MOST_FEATURES = 96
+# Bytes from which on the memory of an array is always new to the process with GNU's C library. Of smaller ones, that is
+# to be used again, large pages are no help.
+LARGE = 1 << 25
 # Landmarks up to which w is solved for by one core.
 MOST_LANDMARKS = 128
 
@@ -162,6 +165,8 @@ class _Call:
         out = torch.empty_like(like, requires_grad=False)
         if out.stride(-1) != 1:
             out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        if out.nbytes >= LARGE:
+            _native.kernels().lowrank_large_pages(ctypes.c_void_p(out.data_ptr()), ctypes.c_size_t(out.nbytes))
         self._rows(name, out)
         return out
 

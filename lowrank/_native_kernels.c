@@ -8,6 +8,10 @@ the results. What is computed is in the headers, X' being the transpose of X. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #define BLOCK 128
 /* Points of an element of attention in a unit of work. */
@@ -268,6 +272,18 @@ int lowrank_lanes(void)
 int lowrank_chunk(void) { return CHUNK; }
 
 long lowrank_landmarks(const struct attention *task) { return of_landmarks(task); }
+
+/* Ask the system for large pages, where it has them, for memory that is new to the process and is to be written to: to
+   get it by pages of 4 KB takes as long as what is computed. */
+void lowrank_large_pages(char *at, size_t bytes)
+{
+#if defined(MADV_HUGEPAGE)
+    const size_t page = sysconf(_SC_PAGESIZE), skipped = (page - (size_t)at % page) % page;
+    if (bytes > skipped + page) (void)madvise(at + skipped, (bytes - skipped) / page * page, MADV_HUGEPAGE);
+#else
+    (void)at, (void)bytes;
+#endif
+}
 
 /* What a team has to do, with vectors of so many lanes: the function of that name for them. */
 #if defined(__x86_64__)

@@ -279,6 +279,16 @@ def test_gradients_at_near_singular_landmarks(kind, method, width):
         assert torch.linalg.norm(ours.double() - theirs) < bound * torch.linalg.norm(theirs)
 
 
+@pytest.mark.parametrize(("n", "e"), [(3, 5), (4096, 8)])
+def test_large_pages_change_nothing(n, e, monkeypatch):
+    """Asked for of every result, at addresses of any kind, or of none."""
+    given = arrays(batch=(1, 2), n=n, e=e)
+    usual = there_and_back(_native_attention, *given)
+    monkeypatch.setattr(_native_attention, "LARGE", 0)
+    for x, y in zip(there_and_back(_native_attention, *given), usual, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_no_kernel_matrix_exceeds_one():
     """Where rounding would make a squared distance negative: points on landmarks far from their mean."""
     z = 3e3 + points(1, 1, 1, 8, 16)
