@@ -116,11 +116,10 @@ def _approximation(a: Array, *, ridge: float, upper: Any, tol: float, xp: Namesp
         x = xp.reshape(scale * x, (*batch, *x.shape[-2:]))
     if ridge * float(xp.finfo(a.dtype).max) < 1:
         valid = xp.zeros_like(valid)  # what X may hold overflows
-    zero = xp.zeros(batch, dtype=real_dtype(a, xp), device=device(a))
-    # The first takes neither E nor S·X; P is tried with one.
-    figures = len(chosen.steps), chosen.products - 2 + 1, max(1 - chosen.low, chosen.high - 1)
-    steps, products, bound = (zero + float(v) for v in figures)
-    return or_nan(valid, x, xp), Work(steps, products, bound, zero, valid)
+    # The first takes neither E nor S·X; P is tried with one. Nothing is cut off.
+    figures = len(chosen.steps), chosen.products - 2 + 1, max(1 - chosen.low, chosen.high - 1), 0
+    made = (xp.full(batch, float(v), dtype=real_dtype(a, xp), device=device(a)) for v in figures)
+    return or_nan(valid, x, xp), Work(*made, valid)
 
 
 def _is_compiled(a: Array) -> bool:

@@ -31,10 +31,13 @@ TARGET static float NAME(missed)(const struct core *t, const float *p, const flo
 TARGET static void NAME(gram)(const struct core *t, long item, float *room)
 {
     const long m = t->m, d = t->d, S = PADDED(m);
-    const double *z = t->z + item * m * d;
-    double *z_t = (double *)TAKE(2 * d * S), *product = (double *)TAKE(2 * m * S), *half = (double *)TAKE(2 * S);
+    const float *at = t->z + item * m * d, *centre = t->centre + item * d;
+    double *z = (double *)TAKE(2 * m * d), *z_t = (double *)TAKE(2 * d * S), *product = (double *)TAKE(2 * m * S);
+    double *half = (double *)TAKE(2 * S);
     double *system = t->system + item * m * m;
     float *a = t->a + item * m * m;
+    for (long j = 0; j < m; j++)
+        for (long k = 0; k < d; k++) z[j * d + k] = ((double)at[j * d + k] - centre[k]) * t->s;
     for (long k = 0; k < d; k++)
         for (long j = 0; j < S; j++) z_t[k * S + j] = j < m ? z[j * d + k] : 0;
     NAME(wide_product)(m, S, d, z, d, z_t, S, product, S);

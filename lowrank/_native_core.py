@@ -24,23 +24,25 @@ class Task(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("elements", "m", "d", "count", "probed")),
-        *((name, ctypes.c_void_p) for name in ("z", "steps", "probes", "a", "system", "inverse", "valid")),
-        ("ridge", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("z", "centre", "steps", "probes", "a", "system", "inverse", "valid")),
+        *((name, ctypes.c_double) for name in ("s", "ridge")),
         *((name, ctypes.c_float) for name in ("scale", "most")),
     )
 
 
-def applies(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether it is of that dtype, of landmarks (..., m, d) or matrices (..., m, m) of some m, and not too many."""
-    return x.dtype == dtype and 0 < x.shape[-2] <= MOST_LANDMARKS and x.numel() > 0 and _native.serve(x)
+def applies(x: Tensor) -> bool:
+    """Whether it is of landmarks (..., m, d), or matrices (..., m, m), of some m, and not too many, in float32."""
+    return x.dtype == torch.float32 and 0 < x.shape[-2] <= MOST_LANDMARKS and x.numel() > 0 and _native.serve(x)
 
 
-def gram(z: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """A = k(z, z) in float32 and P = A + ridge·I in float64, for z (..., m, d) in float64."""
+def gram(z: Tensor, centre: Tensor, scale: float, ridge: float) -> tuple[Tensor, Tensor]:
+    """A = k(z, z) and, in float64, in which it is computed, P = A + ridge·I, for landmarks z (..., m, d) that become
+    (z − centre)·scale, centre (..., 1, d)."""
     *batch, m, d = z.shape
     a, system = (z.new_empty(*batch, m, m, dtype=dtype) for dtype in (torch.float32, torch.float64))
-    task = Task(elements=z.numel() // (m * d), m=m, d=d, ridge=ridge)
-    _native.run("lowrank_core", task, GRAM, {"z": _native.packed(z), "a": a, "system": system})
+    task = Task(elements=z.numel() // (m * d), m=m, d=d, s=scale, ridge=ridge)
+    given = {"z": _native.packed(z), "centre": _native.packed(centre)}
+    _native.run("lowrank_core", task, GRAM, given | {"a": a, "system": system})
     return a, system
 
 

@@ -89,19 +89,19 @@ struct attention {
     float scale;
 };
 
-/* z (elements, m, d), A, P and M, the inverse (elements, m, m); the steps (count, 3) and the scale of P that they are for;
-   what M is tried with, probes (probed, m), what they may be off in all, and whether they are, valid (elements). */
+/* The landmarks as they are (elements, m, d), c (elements, d), and s, with z = (landmark - c)s; A, P and M, the inverse
+   (elements, m, m); the steps (count, 3) and the scale of P that they are for; what M is tried with, probes (probed, m),
+   what they may be off in all, and whether they are, valid (elements). */
 enum { GRAM, INVERT };
 
 struct core {
     int64_t elements, m, d, count, probed;
-    const double *z;
-    const float *steps, *probes;
+    const float *z, *centre, *steps, *probes;
     float *a;
     double *system;
     float *inverse;
     char *valid;
-    double ridge;
+    double s, ridge;
     float scale, most;
 };
 
@@ -338,7 +338,7 @@ int lowrank_attend(const struct attention *task, int what, int lanes, long threa
 int lowrank_core(const struct core *t, int what, int lanes, long threads, parallel *together)
 {
     const long m = t->m, d = t->d, S = PADDED(m), products = what == GRAM ? d : 2 * t->count * m;
-    const long of_gram = 2 * (d + m + 1) * S, of_inverse = (4 * m + 2 * t->probed) * S;
+    const long of_gram = 2 * (d + m + 1) * S + PADDED(2 * m * d), of_inverse = (4 * m + 2 * t->probed) * S;
     struct team team = {BY_LANES(cores, lanes), t, what == GRAM ? of_gram : of_inverse, what, t->elements, 0};
     return run(&team, LEAST(threads, t->elements * m * m * products / GRAIN + 1), together);
 }

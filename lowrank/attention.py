@@ -168,7 +168,7 @@ def softmax_free_attention(
         usual = inverse is None and ridge > 0 and landmark_mask is None and not normalize
         in_blocks = _is_in_blocks(x, z, v)
         if usual and in_blocks:
-            core, system = _gram_core(_wide_points(stop_gradient(z), c, scale, xp), ridge, method, z.dtype, xp)
+            core, system = _gram_core(stop_gradient(z), c, scale, ridge, method, xp)
             z = stop_gradient(z) if of_segments else z
             out = _attended(x, z, v, core, system, c, scale, xp, ridge=ridge, of_segments=of_segments)
         else:
@@ -233,24 +233,25 @@ def _wide_points(z: Array, centre: Array, scale: float, xp: Namespace) -> Array:
     return (xp.astype(z, wide, copy=False) - xp.astype(centre, wide, copy=False)) * scale
 
 
-def _gram_core(z: Array, ridge: float, method: str, dtype: Any, xp: Namespace) -> tuple[Array | _attend.Factor, Array]:
-    """M, of that dtype, and P = k(z, z) + δI, as ``_core`` has them, in few operations: for blocks, whose way back
-    knows P's."""
-    a, system = _gram(z, ridge, dtype, xp)
+def _gram_core(
+    z: Array, centre: Array, scale: float, ridge: float, method: str, xp: Namespace
+) -> tuple[Array | _attend.Factor, Array]:
+    """M and P = k(z, z) + δI, as ``_core`` has them, in few operations: for blocks, whose way back knows P's."""
+    a, system = _gram(z, centre, scale, ridge, xp)
     if _is_factored(a, method):
-        return _attend.Factor(cholesky(xp.astype(system, dtype, copy=False), xp)), system
+        return _attend.Factor(cholesky(xp.astype(system, a.dtype, copy=False), xp)), system
     return _approximate_inverse(a, ridge, method, xp), system
 
 
-def _gram(z: Array, ridge: float, dtype: Any, xp: Namespace) -> tuple[Array, Array]:
-    """k(z, z) in the dtype, and k(z, z) + δI in that of z."""
+def _gram(z: Array, centre: Array, scale: float, ridge: float, xp: Namespace) -> tuple[Array, Array]:
+    """k(z, z), and in double precision, where the device has it, k(z, z) + δI."""
     if compat.is_torch_array(z):
         from lowrank import _native_core
 
-        if dtype == xp.float32 and _native_core.applies(z, xp.float64):
-            return _native_core.gram(z, ridge)
-    a = _attend.gram(z, xp)
-    return xp.astype(a, dtype), add_to_diagonal(a, ridge, xp)  # the first a copy
+        if _native_core.applies(z):
+            return _native_core.gram(z, centre, scale, ridge)
+    a = _attend.gram(_wide_points(z, centre, scale, xp), xp)
+    return xp.astype(a, z.dtype), add_to_diagonal(a, ridge, xp)  # the first a copy
 
 
 def _core(

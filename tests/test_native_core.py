@@ -25,9 +25,13 @@ def landmarks(*shape, spread=0.5, seed=0):
     return spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def gram(z, ridge):
+    return _native_core.gram(z, z.new_zeros(*z.shape[:-2], 1, z.shape[-1]), 1.0, ridge)
+
+
 def core_of(z, ridge):
     """M and P."""
-    a, system = _native_core.gram(z.double(), ridge)
+    a, system = gram(z, ridge)
     return attention._approximate_inverse(a, ridge, "newton", XP), system
 
 
@@ -55,6 +59,16 @@ def test_they_are_the_gram_matrix_and_nearly_its_inverse(shape, spread, ridge, w
     left, rounding = tolerance(z)
     off = torch.linalg.matrix_norm(eye - core.double() @ system.double(), 2)
     assert (off <= left + rounding * (1 + m / ridge)).all()
+
+
+def test_landmarks_are_centred_and_scaled_without_rounding(width):
+    z = landmarks(2, 3, 9, 5) + 1000
+    centre = z.mean(-2, keepdim=True)
+    _, system = _native_core.gram(z, centre, 0.3, 0.01)
+    y = (z.double() - centre.double()) * 0.3
+    exact = gaussian_kernel(y, y) + 0.01 * torch.eye(9, dtype=torch.float64)
+    size = y.square().sum(-1).amax()
+    assert ((system - exact).abs() <= 1e-12 + 8 * 5 * size * 2.0**-52).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7, 5), (1, 49, 32)], ids=str)
@@ -116,7 +130,7 @@ def test_whom_they_do_not_serve(change):
 
 
 def test_a_ridge_whose_inverse_overflows_leaves_nan():
-    a, _ = _native_core.gram(landmarks(2, 9, 4), 0.01)
+    a, _ = gram(landmarks(2, 9, 4), 0.01)
     assert pinv_newton(a, hermitian=True, ridge=1e-39, upper=9.0, tol=0.01).isnan().all()
 
 
