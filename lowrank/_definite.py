@@ -118,8 +118,10 @@ def _approximation(a: Array, *, ridge: float, upper: Any, tol: float, xp: Namesp
         valid = xp.zeros_like(valid)  # what X may hold overflows
     # The first takes neither E nor S·X; P is tried with one. Nothing is cut off.
     figures = len(chosen.steps), chosen.products - 2 + 1, max(1 - chosen.low, chosen.high - 1), 0
-    made = (xp.full(batch, float(v), dtype=real_dtype(a, xp), device=device(a)) for v in figures)
-    return or_nan(valid, x, xp), Work(*made, valid)
+    steps, products, bound, cutoff = (
+        xp.full(batch, float(v), dtype=real_dtype(a, xp), device=device(a)) for v in figures
+    )
+    return or_nan(valid, x, xp), Work(steps, products, bound, cutoff, valid)
 
 
 def _is_compiled(a: Array) -> bool:
@@ -131,6 +133,7 @@ def _is_compiled(a: Array) -> bool:
     return _native_core.applies(a)
 
 
+@remembered
 @remembered
 def _numbers(powers: tuple[tuple[float, ...], ...], n: int, tol: float) -> dict[str, Any]:
     """Of the steps, and of what the inverse is tried with, as kernels want them."""
@@ -149,6 +152,7 @@ class ApproximateSteps(NamedTuple):
     tol: float
 
 
+@remembered
 def approximate_steps(ridge: float, upper: float, tol: float) -> ApproximateSteps:
     """For ‖A‖ ≤ upper."""
     # What is beyond these numbers is beyond any arithmetic, and has no logarithm; and one step is the least.

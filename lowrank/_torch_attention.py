@@ -21,6 +21,25 @@ from lowrank._nearby import Nearby, nearby
 from lowrank._segments import add_cotangents, segment_means
 
 
+def attend(
+    q: Tensor,
+    z: Tensor,
+    v: Tensor,
+    core: Tensor | Factor,
+    system: Tensor | None,
+    centre: Tensor,
+    scale: float,
+    ridge: float | None,
+    *,
+    recorded: bool,
+    of_segments: bool,
+) -> Tensor:
+    """X, and the rule for the way back where one is ``recorded``: to attach it takes as long as a small product."""
+    if recorded:
+        return Attention.apply(q, z, v, core, system, centre, scale, ridge, of_segments)
+    return _way(q, z, v).forward(q, z, v, core, system, centre, scale, xp, recorded=False)[0]
+
+
 class Attention(torch.autograd.Function):
     """C M (Cᵀ v), whose way back computes C again: by the kernels of ``_fused_attention`` on a GPU and those of
     ``_native_attention`` on a CPU where they serve, else by the blocks of ``_attend``."""
@@ -37,12 +56,11 @@ class Attention(torch.autograd.Function):
         scale: float,
         ridge: float | None,
         of_segments: bool,
-        recorded: bool,
     ) -> Tensor:
         """Where ``ridge`` is given, P is k(z, z) + ridge·I, a constant, and its derivative is in that of z; where z are
         means of segments of q, a constant as well, that is in the one of q."""
         ctx.way = _way(q, z, v)
-        out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp, recorded=recorded)
+        out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp, recorded=True)
         ctx.scale, ctx.factored, ctx.ridge, ctx.of_segments = scale, isinstance(core, Factor), ridge, of_segments
         kept = core.lower if isinstance(core, Factor) else core
         ctx.save_for_backward(q, z, v, kept, system, centre, sums, weights)
@@ -61,7 +79,7 @@ class Attention(torch.autograd.Function):
         inners = (inner, None) if system is None else (None, inner)
         if ctx.of_segments:
             add_cotangents(q_bar, z_bar, xp)
-        return q_bar, None if ctx.of_segments else z_bar, v_bar, *inners, *(None,) * 5
+        return q_bar, None if ctx.of_segments else z_bar, v_bar, *inners, *(None,) * 4
 
     @staticmethod
     def differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -77,7 +95,7 @@ class Attention(torch.autograd.Function):
             core = Factor(core) if ctx.factored else core
             return _attend.plain(q, z, v, core, system, centre, ctx.scale, xp)
 
-        return *gradients_of(plain, tuple(inputs), g, ctx.needs_input_grad[:5]), *(None,) * 5
+        return *gradients_of(plain, tuple(inputs), g, ctx.needs_input_grad[:5]), *(None,) * 4
 
 
 def _way(q: Tensor, z: Tensor, v: Tensor) -> Any:

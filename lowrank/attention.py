@@ -350,7 +350,7 @@ def _attended(
     """
     matrix = core.lower if isinstance(core, _attend.Factor) else core
     arrays = [x for x in (q, z, v, matrix, centre, system) if x is not None]
-    if not _is_in_blocks(q, z, v, *arrays[3:]):
+    if ridge is None and not _is_in_blocks(q, z, v, *arrays[3:]):
         return _attend.plain(q, z, v, core, system, centre, scale, xp)
     batch = broadcast_shapes(*(tuple(x.shape[:-2]) for x in arrays))
     heads = batch[-1] if batch else 1
@@ -365,10 +365,10 @@ def _attended(
 
     q, z, v, core, system, centre = map(four_axes, (q, z, v, core, system, centre))
     if compat.is_torch_array(q):
-        from lowrank._torch_attention import Attention
+        from lowrank._torch_attention import attend
 
         recorded = any(map(carries_derivative, arrays))
-        out = Attention.apply(q, z, v, core, system, centre, scale, ridge, of_segments, recorded)
+        out = attend(q, z, v, core, system, centre, scale, ridge, recorded=recorded, of_segments=of_segments)
     else:
         out, _, _ = _attend.forward(q, z, v, core, system, centre, scale, xp, recorded=False)
     return out if len(batch) == 2 else xp.reshape(out, (*batch, *out.shape[-2:]))
