@@ -174,8 +174,11 @@ def softmax_free_attention(
         else:
             # Of an inverse that is used as it is, and of a traced program, for other devices too, P is no wider.
             wide = in_blocks and inverse is None and ridge > 0
-            points = _wide_points(z, c, scale, xp) if wide else (z - c) * scale
-            core, system = _core(points, landmark_mask, ridge, normalize, method, inverse, z.dtype, xp)
+            if in_blocks and not carries_derivative(z):
+                a = _gram(z, c, scale, 0.0, xp)[wide]
+            else:
+                a = _attend.gaussian_gram(_wide_points(z, c, scale, xp) if wide else (z - c) * scale, xp)
+            core, system = _core(a, landmark_mask, ridge, normalize, method, inverse, z.dtype, xp)
             out = _attended(x, z, v, core, system, c, scale, xp)
         out = out[..., q.shape[-2] :, :] if queries is not None else _only(out, mask, xp)
     return xp.astype(out, result_dtype, copy=False)
@@ -255,7 +258,7 @@ def _gram(z: Array, centre: Array, scale: float, ridge: float, xp: Namespace) ->
 
 
 def _core(
-    z: Array,
+    a: Array,
     mask: Array | None,
     ridge: float,
     normalize: bool,
@@ -264,13 +267,12 @@ def _core(
     dtype: Any,
     xp: Namespace,
 ) -> tuple[Array | _attend.Factor, Array | None]:
-    """M, of that dtype, and what it inverts: P = A + δI, or D^½ P D^½, with A = k(z, z); zero in rows and columns of
-    masked landmarks.
+    """M, of that dtype, and what it inverts, P = A + δI or D^½ P D^½ for A = k(z, z); 0 in rows and columns of masked
+    landmarks.
 
     P is None where M is no inverse of it, to be differentiated as such, but what it is: by a function of the caller's
     own, or the pseudoinverse of a matrix that may be singular. In the place of M there may be the factor of P.
     """
-    a = _attend.gaussian_gram(z, xp)
     eye = identity(a, xp)
     both = None if mask is None else mask[..., :, None] & mask[..., None, :]
     if both is not None:
