@@ -175,7 +175,8 @@ def softmax_free_attention(
             # Of an inverse that is used as it is, and of a traced program, for other devices too, P is no wider.
             wide = in_blocks and inverse is None and ridge > 0
             if in_blocks and not carries_derivative(z):
-                a = _gram(z, c, scale, 0.0, xp)[wide]
+                a, wide_a = _gram(z, c, scale, 0.0, xp)
+                a = wide_a if wide else a
             else:
                 a = _attend.gaussian_gram(_wide_points(z, c, scale, xp) if wide else (z - c) * scale, xp)
             core, system = _core(a, landmark_mask, ridge, normalize, method, inverse, z.dtype, xp)
