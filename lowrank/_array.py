@@ -134,9 +134,7 @@ def is_traced(*arrays: Array) -> bool:
 
             if torch.compiler.is_compiling():
                 return True
-            functorch = torch._C._functorch
-            while functorch.is_gradtrackingtensor(x):
-                x = functorch.get_unwrapped(x)
+            x, functorch = _unwrapped(x), torch._C._functorch
             # A vmapped tensor shows a batch of values as one, so that it has no single truth value.
             if functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x):
                 return True
@@ -146,6 +144,15 @@ def is_traced(*arrays: Array) -> bool:
             if isinstance(x, jax.core.Tracer):
                 return True
     return False
+
+
+def _unwrapped(x: Array) -> Array:
+    """The torch tensor whose derivatives torch.func follows, or x."""
+    from torch._C import _functorch as functorch
+
+    while functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
 
 
 @contextlib.contextmanager
@@ -241,7 +248,11 @@ def generator(rng: int | np.random.Generator | None) -> np.random.Generator:
 def to_host(x: Array) -> np.ndarray:
     """x as a NumPy array, without its history of derivatives."""
     if compat.is_torch_array(x):
-        return x.detach().cpu().numpy()
+        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+        # What torch.func follows holds no numbers itself, nor does anything that is made of it there.
+        with temporarily_clear_interpreter_stack():
+            return _unwrapped(x).detach().cpu().numpy()
     if compat.is_cupy_array(x):
         return x.get()
     if compat.is_numpy_array(x) or compat.is_jax_array(x):

@@ -207,3 +207,23 @@ def test_functions_of_torch_transform():
     eager = ell.clone().requires_grad_()
     expected = torch.autograd.grad(loss(eager), eager)[0]
     torch.testing.assert_close(torch.func.grad(loss)(ell), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("landmarks", ["uniform", "indices", "made there", "segment_means", "points"])
+def test_landmarks_under_functions_of_torch_transform(landmarks):
+    """Chosen by their numbers, which the tensors that torch.func follows do not hold themselves."""
+    indices = torch.asarray([1, 8, 4])
+
+    def loss(x):
+        made = {"indices": indices, "made there": torch.asarray([1, 8, 4]), "points": x[::3] + 0.5}
+        chosen = made.get(landmarks, landmarks)
+        rank = 3 if isinstance(chosen, str) else None
+        return nystrom(x, landmarks=chosen, rank=rank, rng=0).factor.square().cos().sum()
+
+    x = torch.asarray(points(10, 2))
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(leaf), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.func.jacrev(loss)(x), expected, rtol=1e-10, atol=1e-12)
+    _, along = torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(along, expected.sum(), rtol=1e-10, atol=1e-12)
