@@ -21,23 +21,12 @@ from lowrank._nearby import Nearby, nearby
 from lowrank._segments import add_cotangents, segment_means
 
 
-def attend(
-    q: Tensor,
-    z: Tensor,
-    v: Tensor,
-    core: Tensor | Factor,
-    system: Tensor | None,
-    centre: Tensor,
-    scale: float,
-    ridge: float | None,
-    *,
-    recorded: bool,
-    of_segments: bool,
-) -> Tensor:
-    """X, and the rule for the way back where one is ``recorded``: to attach it takes as long as a small product."""
+def attend(*given: Any, ridge: float | None, recorded: bool, of_segments: bool) -> Tensor:
+    """X for q, z, v, core, system, centre and scale as ``Attention`` has them, with its rule for the way back where one
+    is ``recorded``: to attach it takes as long as a small product."""
     if recorded:
-        return Attention.apply(q, z, v, core, system, centre, scale, ridge, of_segments)
-    return _way(q, z, v).forward(q, z, v, core, system, centre, scale, xp, recorded=False)[0]
+        return Attention.apply(*given, ridge, of_segments)
+    return _way(*given[:3]).forward(*given, xp, recorded=False)[0]
 
 
 class Attention(torch.autograd.Function):

@@ -150,8 +150,8 @@ def softmax_free_attention(
     result_dtype, of_segments = q.dtype, False
     z: Array = landmarks
     if is_integer(landmarks):
-        z = segment_means(q, int(landmarks), xp) if landmarks < q.shape[-2] else q
-        of_segments = landmarks < q.shape[-2] and queries is None
+        fewer = landmarks < q.shape[-2]
+        z, of_segments = segment_means(q, int(landmarks), xp) if fewer else q, fewer and queries is None
     if is_half(q):
         # Tokens are left to those who take them part by part.
         z = xp.astype(z, xp.float32)
@@ -174,7 +174,7 @@ def softmax_free_attention(
         else:
             # Of an inverse that is used as it is, and of a traced program, for other devices too, P is no wider.
             wide = in_blocks and inverse is None and ridge > 0
-            if in_blocks and not carries_derivative(z):
+            if in_blocks and not carries_derivative(z):  # the kernel's, where there is one
                 a, wide_a = _gram(z, c, scale, 0.0, xp)
                 a = wide_a if wide else a
             else:
@@ -371,7 +371,7 @@ def _attended(
         from lowrank._torch_attention import attend
 
         recorded = any(map(carries_derivative, arrays))
-        out = attend(q, z, v, core, system, centre, scale, ridge, recorded=recorded, of_segments=of_segments)
+        out = attend(q, z, v, core, system, centre, scale, ridge=ridge, recorded=recorded, of_segments=of_segments)
     else:
         out, _, _ = _attend.forward(q, z, v, core, system, centre, scale, xp, recorded=False)
     return out if len(batch) == 2 else xp.reshape(out, (*batch, *out.shape[-2:]))
