@@ -209,6 +209,18 @@ def is_followed(*arrays: Array) -> bool:
     return is_traced(*arrays) or any(map(carries_derivative, arrays)) or is_transformed(*arrays)
 
 
+def may_be_differentiated(*arrays: Array) -> bool:
+    """Whether derivatives of what is made of the arrays by the library's operations may be asked for: of all that JAX
+    traces, and of what torch records. An exported program is for its results."""
+    if not compat.is_torch_array(arrays[0]):
+        return is_traced(*arrays)
+    import torch
+
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_dynamo_compiling() and any(map(carries_derivative, arrays))
+    return is_transformed(*arrays) or any(map(carries_derivative, arrays))
+
+
 def stop_gradient(x: Array) -> Array:
     """x without its history of derivatives."""
     if compat.is_torch_array(x):

@@ -18,6 +18,7 @@ this makes X ten to a hundred times as accurate where landmarks nearly coincide,
 can take the place of M: to solve with it is nearly as accurate, and one correction is enough.
 
 What is left is σ's own error: where landmarks are near one another it is differences that are summed (``_nearby``).
+The formula itself, all of C at once, is in ``_formula``.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ from lowrank._array import (
     is_plain,
     new_memory,
     product_and_sums,
-    solve_cholesky,
     stacked_product,
     transposed_copy,
     widest_real,
 )
+from lowrank._formula import CORRECTIONS, Factor
 from lowrank._nearby import STEEP, Nearby, nearby
-from lowrank.kernels import _expanded_squared_distances, _slices
+from lowrank.kernels import _slices
 
 # Entries of a block of C, that is of how many points are taken together. It is written once and read by two to six
 # operations: smaller ones stay in nearer caches, and take longer for all the calls. Of half as many, calls for 196 to
@@ -56,29 +57,6 @@ _CPU_ENTRIES, _GPU_ENTRIES = 2**21, 2**25
 # Blocks that are kept until C is needed again: to read one takes a third of the time of computing it. Two of a CPU's
 # are 16 MiB in float32.
 _CPU_BLOCKS, _GPU_BLOCKS = 2, 1
-
-# Each correction multiplies the error of w by I − MP once more: where that is eps^⅓, two leave eps. What a library
-# takes for derivatives of the corrections, M held fixed, has for each derivative one factor less: two more corrections,
-# and the second is as right as w.
-CORRECTIONS, DERIVATIVES = 2, 2
-
-
-class Factor(NamedTuple):
-    """The lower Cholesky factor of P, in the place of M; of torch tensors, and without a derivative of its own."""
-
-    lower: Array
-
-    def __matmul__(self, b: Array) -> Array:
-        return solve_cholesky(self.lower, b)
-
-
-def plain(
-    q: Array, z: Array, v: Array, core: Array | Factor, system: Array | None, centre: Array, scale: float, xp: Namespace
-) -> Array:
-    """The formula, all of C at once: for any library, any number of derivatives, any tracer."""
-    x, values = (xp.astype(y, z.dtype, copy=False) for y in (q, v))
-    c = gaussian_block((x - centre) * scale, (z - centre) * scale, xp)
-    return xp.astype(c @ corrected(core, system, xp.matrix_transpose(c) @ values, xp), v.dtype, copy=False)
 
 
 def applied(core: Array | Factor, system: Array | None, sigma: Array, xp: Namespace) -> Array:
@@ -101,32 +79,8 @@ def applied(core: Array | Factor, system: Array | None, sigma: Array, xp: Namesp
     return w
 
 
-def corrected(core: Array | Factor, system: Array | None, sigma: Array, xp: Namespace) -> Array:
-    """The same to be differentiated: it is the corrections that depend on P."""
-    w = core @ sigma
-    if system is not None:
-        wide = system.dtype
-        for _ in range(CORRECTIONS + DERIVATIVES):
-            missing = xp.astype(sigma, wide, copy=False) - system @ xp.astype(w, wide, copy=False)
-            w = w + core @ xp.astype(missing, w.dtype, copy=False)
-    return w
-
-
-def gaussian_block(x: Array, y: Array, xp: Namespace) -> Array:
-    """exp(−‖x − y‖²/2) by the expansion, whatever the values; the points should lie near the origin."""
-    return xp.exp(-0.5 * _expanded_squared_distances(x, y, xp))
-
-
-def gaussian_gram(z: Array, xp: Namespace) -> Array:
-    """k(z, z), to be differentiated."""
-    a = gaussian_block(z, z, xp)
-    # k(z, z) = 1, which the expansion of a distance misses by eps·‖z‖²: of far landmarks by all of it.
-    eye = identity(a, xp)
-    return xp.where(eye == 1, eye, a)
-
-
 def gram(z: Array, xp: Namespace) -> Array:
-    """The same of a library that writes to arrays, without a derivative and in fewer operations: squares from the
+    """k(z, z) of a library that writes to arrays, without a derivative and in few operations: squares from the
     product's own diagonal make k(zᵢ, zᵢ) = 1."""
     a = z @ xp.matrix_transpose(z)
     half = 0.5 * xp.linalg.diagonal(a)

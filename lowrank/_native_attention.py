@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lowrank import _native
 from lowrank._array import Namespace
-from lowrank._attend import CORRECTIONS, Factor, applied, inner_cotangent, landmark_cotangents
+from lowrank._attend import applied, inner_cotangent, landmark_cotangents
+from lowrank._formula import CORRECTIONS, Factor
 
 # What is computed of chunks of the points, of whole elements of the batch, and of elements that are in chunks.
 SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD, LANDMARKS, SOLUTION = range(7)

@@ -9,14 +9,15 @@ has an earlier one, p, nearby, its parent, is the difference of their rows,
 whose error is small as the difference is, and the σ of the parent is added in double precision. z − p is that of the
 landmarks as they are given, before rounding of anything else, and P is of double precision too (``_wide_points`` in
 ``attention``). In float32 z̄ is then right to 1e-6, where landmarks in pairs, clusters or all together nearly coincide;
-without it, and so by the formula in float32, to 1e-4. The kernels for a CPU have the same in C.
+without it, to 1e-4. The kernels for a CPU have the same in C. Without double precision, w is that of the differences
+themselves (``_formula``).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from lowrank._array import Array, Namespace, device, identity, is_on_cpu, widest_real
+from lowrank._array import Array, Namespace, device, identity, is_on_cpu, is_traced, stop_gradient, widest_real
 
 # In lengthscales. Of landmarks farther apart rounding of two rows of C is no larger than of their difference.
 NEAR = 0.5
@@ -26,35 +27,60 @@ STEEP = 80.0
 
 class Nearby(NamedTuple):
     """What differs between landmarks and their parents: s(z − p), a column each, 0 where there is no parent; what with
-    −sxᵀ(z − p) gives −t, −∞ there; and I less a 1 for each parent."""
+    −sxᵀ(z − p) gives −t, −∞ there; and L, which is I less a 1 for each parent."""
 
     steps: Array  # (..., d, m)
     falls: Array  # (..., 1, m)
-    links: Array  # (..., m, m), of double precision
+    links: Array  # (..., m, m), of double precision where there is
 
     def sums(self, differences: Array, xp: Namespace) -> Array:
         """σ, in double precision, for what is summed of the differences; of torch tensors."""
         differences = xp.astype(differences, self.links.dtype)
         return xp.linalg.solve_triangular(self.links, differences, upper=False, unitriangular=True)
 
+    def of_columns(self, c: Array, x: Array, xp: Namespace) -> Array:
+        """C Lᵀ, to be differentiated, for C = k(x, z) of points x near the origin that the landmarks have."""
+        return -c * xp.expm1(self._falls(x, STEEP, xp))
 
-def nearby(z: Array, centre: Array, scale: float, xp: Namespace) -> Nearby | None:
-    """Of landmarks (..., m, d): the parent of one is the nearest of those before it, if that is near. None where the
-    dtype is of double precision, or has none above it; and on a CPU where no landmark has a parent."""
-    wide = widest_real(z, xp)
-    if z.dtype == wide:
+    def of_gram(self, a: Array, z: Array, xp: Namespace) -> Array:
+        """L A Lᵀ, likewise, for A = k(z, z)."""
+        fall = self._falls(z, STEEP / 2, xp)
+        fall_t = xp.matrix_transpose(fall)
+        both = xp.expm1(xp.matrix_transpose(self.steps) @ self.steps)
+        return a * (xp.expm1(fall) * xp.expm1(fall_t) + xp.exp(fall + fall_t) * both)
+
+    def _falls(self, x: Array, most: float, xp: Namespace) -> Array:
+        return xp.clip(self.falls - x @ self.steps, max=most)
+
+
+def nearby(
+    z: Array, centre: Array, scale: float, xp: Namespace, *, within: float = NEAR, mask: Array | None = None
+) -> Nearby | None:
+    """``what_differs``, but None for double precision; and, unless the program is traced, on a CPU where no landmark
+    has a parent."""
+    if z.dtype == xp.float64 or z.shape[-2] < 2:
         return None
+    near = what_differs(z, centre, scale, xp, within=within, mask=mask)
+    decides = is_on_cpu(z) and not is_traced(z)
+    return None if decides and not bool(xp.any(near.falls > -xp.inf)) else near
+
+
+def what_differs(z: Array, centre: Array, scale: float, xp: Namespace, *, within: float, mask: Array | None) -> Nearby:
+    """Of landmarks (..., m, d), of which those count where the ``mask`` (..., m) is True: the parent of one is the
+    nearest of those before it, if that is within so many lengthscales. Differentiable in z."""
     order = xp.arange(z.shape[-2], device=device(z))
     y = (z - centre) * scale
-    products = y @ xp.matrix_transpose(y)
-    half = 0.5 * xp.sum(y * y, axis=-1, keepdims=True)
-    close = xp.where(order < order[:, None], products - half - xp.matrix_transpose(half), -xp.inf)  # −‖y − y'‖²/2
-    has = xp.max(close, axis=-1, keepdims=True) > -0.5 * NEAR**2
-    if is_on_cpu(z) and not xp.any(has):
-        return None
+    fixed = stop_gradient(y)
+    products = fixed @ xp.matrix_transpose(fixed)
+    half = 0.5 * xp.sum(fixed * fixed, axis=-1, keepdims=True)
+    before = order < order[:, None]
+    if mask is not None:
+        before = before & mask[..., :, None] & mask[..., None, :]
+    close = xp.where(before, products - half - xp.matrix_transpose(half), -xp.inf)  # −‖y − y'‖²/2
+    has = xp.max(close, axis=-1, keepdims=True) > -0.5 * within**2
     parents = xp.astype(has & (order == xp.argmax(close, axis=-1, keepdims=True)), z.dtype)
     # A product with zeros and one 1 is what it is of, exactly.
     steps = xp.where(has, (z - parents @ z) * scale, xp.zeros_like(z))
     falls = xp.where(has, 0.5 * xp.sum(steps * (y + parents @ y), axis=-1, keepdims=True), -xp.inf)
-    links = xp.astype(identity(products, xp) - parents, wide)
+    links = xp.astype(identity(products, xp) - parents, widest_real(z, xp))
     return Nearby(xp.matrix_transpose(steps), xp.matrix_transpose(falls), links)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank import _attend, _fused_attention, _native_attention
-from lowrank._array import Namespace, arithmetic, gradients_of, identity, is_traced
-from lowrank._attend import Factor
+from lowrank._array import Namespace, arithmetic, gradients_of, is_traced
+from lowrank._formula import WITHIN, Factor, from_gram, gaussian_gram, plain
 from lowrank._nearby import Nearby, nearby
 from lowrank._segments import add_cotangents, segment_means
 
@@ -75,16 +75,17 @@ class Attention(torch.autograd.Function):
         """By the formula, to be differentiated again or for many cotangents at once."""
         *inputs, centre, _, _ = ctx.saved_tensors
 
-        def plain(q: Tensor, z: Tensor, v: Tensor, core: Any, system: Tensor | None) -> Tensor:
+        def formula(q: Tensor, z: Tensor, v: Tensor, core: Any, system: Tensor | None) -> Tensor:
             if ctx.of_segments:
                 z = segment_means(q, z.shape[-2], xp).to(z.dtype)
-            if ctx.ridge is not None:
-                a = _attend.gaussian_gram((z - centre) * ctx.scale, xp)
-                system = a + ctx.ridge * identity(a, xp)
             core = Factor(core) if ctx.factored else core
-            return _attend.plain(q, z, v, core, system, centre, ctx.scale, xp)
+            near = None if system is None else nearby(z, centre, ctx.scale, xp, within=WITHIN)
+            if ctx.ridge is None:
+                return plain(q, z, v, core, system, centre, ctx.scale, xp, near=near)
+            a = gaussian_gram((z - centre) * ctx.scale, xp)
+            return from_gram(q, z, v, a, core, near, centre, ctx.scale, ctx.ridge, xp)
 
-        return *gradients_of(plain, tuple(inputs), g, ctx.needs_input_grad[:5]), *(None,) * 4
+        return *gradients_of(formula, tuple(inputs), g, ctx.needs_input_grad[:5]), *(None,) * 4
 
 
 def _way(q: Tensor, z: Tensor, v: Tensor) -> Any:

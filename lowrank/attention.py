@@ -31,6 +31,7 @@ from lowrank._array import (
     is_integer,
     is_traced,
     is_transformed,
+    may_be_differentiated,
     namespace,
     number,
     shown,
@@ -38,6 +39,8 @@ from lowrank._array import (
     widest_real,
     writes,
 )
+from lowrank._formula import CORRECTIONS, WITHIN, Factor, from_gram, gaussian_gram, plain
+from lowrank._nearby import nearby
 from lowrank._segments import segment_means
 from lowrank.kernels import _checked_lengthscale
 
@@ -165,20 +168,19 @@ def softmax_free_attention(
         c = _centre(z, landmark_mask, xp)
         if queries is not None:
             x, v = _with_queries(x, v, queries, xp)
-        usual = inverse is None and ridge > 0 and landmark_mask is None and not normalize
-        in_blocks = _is_in_blocks(x, z, v)
-        if usual and in_blocks:
+        solves, in_blocks = inverse is None and ridge > 0, _is_in_blocks(x, z, v)
+        if solves and not in_blocks:
+            out = _by_formula(x, z, v, landmark_mask, c, scale, ridge, normalize, method, xp)
+        elif solves and landmark_mask is None and not normalize:
             core, system = _gram_core(stop_gradient(z), c, scale, ridge, method, xp)
             z = stop_gradient(z) if of_segments else z
             out = _attended(x, z, v, core, system, c, scale, xp, ridge=ridge, of_segments=of_segments)
         else:
-            # Of an inverse that is used as it is, and of a traced program, for other devices too, P is no wider.
-            wide = in_blocks and inverse is None and ridge > 0
             if in_blocks and not carries_derivative(z):  # the kernel's, where there is one
                 a, wide_a = _gram(z, c, scale, 0.0, xp)
-                a = wide_a if wide else a
+                a = wide_a if solves else a
             else:
-                a = _attend.gaussian_gram(_wide_points(z, c, scale, xp) if wide else (z - c) * scale, xp)
+                a = gaussian_gram(_wide_points(z, c, scale, xp) if solves else (z - c) * scale, xp)
             core, system = _core(a, landmark_mask, ridge, normalize, method, inverse, z.dtype, xp)
             out = _attended(x, z, v, core, system, c, scale, xp)
         out = out[..., q.shape[-2] :, :] if queries is not None else _only(out, mask, xp)
@@ -237,13 +239,48 @@ def _wide_points(z: Array, centre: Array, scale: float, xp: Namespace) -> Array:
     return (xp.astype(z, wide, copy=False) - xp.astype(centre, wide, copy=False)) * scale
 
 
+def _by_formula(
+    q: Array,
+    z: Array,
+    v: Array,
+    landmark_mask: Array | None,
+    centre: Array,
+    scale: float,
+    ridge: float,
+    normalize: bool,
+    method: str,
+    xp: Namespace,
+) -> Array:
+    """X in operations of the library's own, in no precision above that of z: programs are traced for other devices."""
+    a, both = _only_of(gaussian_gram((z - centre) * scale, xp), landmark_mask, xp)
+    core = _approximate_inverse(stop_gradient(a), ridge, method, xp)
+    core = core if both is None else xp.where(both, core, xp.zeros_like(core))
+    near = None
+    if may_be_differentiated(q, z, v):
+        near = nearby(z, centre, scale, xp, within=WITHIN, mask=landmark_mask)
+    if near is not None and compat.is_jax_array(z):
+        from lowrank._jax_attention import attend
+
+        return attend(q, z, v, a, core, centre, landmark_mask, scale, ridge, normalize)
+    return from_gram(q, z, v, a, core, near, centre, scale, ridge, xp, normalize=normalize)
+
+
+def _only_of(a: Array, mask: Array | None, xp: Namespace) -> tuple[Array, Array | None]:
+    """A, and with a mask of landmarks which entries count. The others are those of I: the inverse of a block diagonal
+    matrix is block diagonal, and what is masked does not touch what is not."""
+    if mask is None:
+        return a, None
+    both = mask[..., :, None] & mask[..., None, :]
+    return xp.where(both, a, identity(a, xp)), both
+
+
 def _gram_core(
     z: Array, centre: Array, scale: float, ridge: float, method: str, xp: Namespace
-) -> tuple[Array | _attend.Factor, Array]:
+) -> tuple[Array | Factor, Array]:
     """M and P = k(z, z) + δI, as ``_core`` has them, in few operations: for blocks, whose way back knows P's."""
     a, system = _gram(z, centre, scale, ridge, xp)
     if _is_factored(a, method):
-        return _attend.Factor(cholesky(xp.astype(system, a.dtype, copy=False), xp)), system
+        return Factor(cholesky(xp.astype(system, a.dtype, copy=False), xp)), system
     return _approximate_inverse(a, ridge, method, xp), system
 
 
@@ -267,25 +304,21 @@ def _core(
     inverse: Callable[..., Array] | None,
     dtype: Any,
     xp: Namespace,
-) -> tuple[Array | _attend.Factor, Array | None]:
+) -> tuple[Array | Factor, Array | None]:
     """M, of that dtype, and what it inverts, P = A + δI or D^½ P D^½ for A = k(z, z); 0 in rows and columns of masked
     landmarks.
 
     P is None where M is no inverse of it, to be differentiated as such, but what it is: by a function of the caller's
     own, or the pseudoinverse of a matrix that may be singular. In the place of M there may be the factor of P.
     """
-    eye = identity(a, xp)
-    both = None if mask is None else mask[..., :, None] & mask[..., None, :]
-    if both is not None:
-        # The inverse of a block diagonal matrix is block diagonal: what is masked does not touch what is not.
-        a = xp.where(both, a, eye)
+    a, both = _only_of(a, mask, xp)
     solves = inverse is None and ridge > 0
-    system = a + ridge * eye if solves else None
+    system = a + ridge * identity(a, xp) if solves else None
     roots = _roots(a, xp) if normalize else None
     if solves and roots is not None:
         system = system * roots
     if solves and both is None and _is_factored(a, method):
-        return _attend.Factor(cholesky(xp.astype(stop_gradient(system), dtype, copy=False), xp)), system
+        return Factor(cholesky(xp.astype(stop_gradient(system), dtype, copy=False), xp)), system
     if solves:
         core = _approximate_inverse(xp.astype(stop_gradient(a), dtype, copy=False), ridge, method, xp)
     else:
@@ -320,7 +353,7 @@ def _approximate_inverse(a: Array, ridge: float, method: str, xp: Namespace) -> 
     """What the corrections in ``_attend`` make of it is right to rounding."""
     # Their error is a power of its error, and no row sum of A exceeds m. (An m that is a symbol of a traced program
     # bounds nothing.)
-    m, tol = a.shape[-1], float(xp.finfo(a.dtype).eps) ** (1 / (1 + _attend.CORRECTIONS))
+    m, tol = a.shape[-1], float(xp.finfo(a.dtype).eps) ** (1 / (1 + CORRECTIONS))
     known = {"upper": float(max(1, m)), "tol": tol} if isinstance(m, int) and method == "newton" else {}
     return _inverse(method, None)(a, hermitian=True, ridge=ridge, **known)
 
@@ -335,7 +368,7 @@ def _attended(
     q: Array,
     z: Array,
     v: Array,
-    core: Array | _attend.Factor,
+    core: Array | Factor,
     system: Array | None,
     centre: Array,
     scale: float,
@@ -351,18 +384,18 @@ def _attended(
     blocks alone, P is k(z, z) + ridge·I without a history of derivatives, and its derivative is in that of z; and so is
     that of z, means of segments of q, in the one of q if ``of_segments``.
     """
-    matrix = core.lower if isinstance(core, _attend.Factor) else core
+    matrix = core.lower if isinstance(core, Factor) else core
     arrays = [x for x in (q, z, v, matrix, centre, system) if x is not None]
     if ridge is None and not _is_in_blocks(q, z, v, *arrays[3:]):
-        return _attend.plain(q, z, v, core, system, centre, scale, xp)
+        return plain(q, z, v, core, system, centre, scale, xp)
     batch = broadcast_shapes(*(tuple(x.shape[:-2]) for x in arrays))
     heads = batch[-1] if batch else 1
 
     def four_axes(x: Any) -> Any:
         if x is None:
             return None
-        if isinstance(x, _attend.Factor):
-            return _attend.Factor(four_axes(x.lower))
+        if isinstance(x, Factor):
+            return Factor(four_axes(x.lower))
         shape = (math.prod(batch[:-1]), heads, *x.shape[-2:])
         return x if tuple(x.shape) == shape else xp.reshape(xp.broadcast_to(x, (*batch, *x.shape[-2:])), shape)
 

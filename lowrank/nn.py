@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank._array import arithmetic, is_integer, is_on_cpu, is_traced, namespace, number, shown, sum_in_place
-from lowrank._attend import gaussian_block
 from lowrank._depthwise import depthwise_convolution
+from lowrank._formula import gaussian_block
 from lowrank._torch_attention import gaussian_product
 from lowrank.attention import _check_options, softmax_free_attention
 

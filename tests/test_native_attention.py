@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank import _attend, _native, _native_attention, softmax_free_attention
 from lowrank import _torch_attention as rule
-from lowrank._attend import Factor
+from lowrank._formula import Factor
 
 pytestmark = pytest.mark.skipif(not _native.is_built(), reason="no C compiler was found when lowrank was installed")
 EPS = 2.0**-23
