@@ -211,13 +211,15 @@ def is_followed(*arrays: Array) -> bool:
 
 def may_be_differentiated(*arrays: Array) -> bool:
     """Whether derivatives of what is made of the arrays by the library's operations may be asked for: of all that JAX
-    traces, and of what torch records. An exported program is for its results."""
+    traces, or torch.compile, unless gradients are off, and of what torch records. An exported program is for its
+    results."""
     if not compat.is_torch_array(arrays[0]):
         return is_traced(*arrays)
     import torch
 
     if torch.compiler.is_compiling():
-        return torch.compiler.is_dynamo_compiling() and any(map(carries_derivative, arrays))
+        # It does not tell whether torch.func is at work.
+        return torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
     return is_transformed(*arrays) or any(map(carries_derivative, arrays))
 
 

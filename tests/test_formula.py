@@ -91,6 +91,22 @@ def test_gradients_in_single_precision(way, options, kind):
         assert torch.linalg.norm(found - expected) < (64 if kind == "ball" else 24) * EPS * torch.linalg.norm(expected)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.parametrize("kind", ["pairs", "clusters"])
+@pytest.mark.parametrize("func", [False, True], ids=["recorded", "func"])
+def test_gradients_of_compiled_programs(kind, func):
+    *given, g = near_singular(kind)
+    exact = recorded(softmax_free_attention, [x.double() for x in given], g.double())
+    if func:
+        slope = torch.func.grad(lambda *given: (softmax_free_attention(*given) * g).sum(), (0, 1, 2))
+        found = torch.compile(slope, fullgraph=True, backend="aot_eager")(*given)
+    else:
+        compiled = torch.compile(softmax_free_attention, fullgraph=True, backend="aot_eager")
+        found = recorded(compiled, given, g)
+    for x, y in zip(found, exact, strict=True):
+        assert torch.linalg.norm(x - y) < 24 * EPS * torch.linalg.norm(y)
+
+
 @pytest.mark.parametrize("kind", ["pairs", "clusters"])
 @pytest.mark.parametrize("library", ["torch", "jax"])
 def test_second_derivatives_in_single_precision(library, kind):
