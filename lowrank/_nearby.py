@@ -21,8 +21,9 @@ from lowrank._array import Array, Namespace, device, identity, is_on_cpu, is_tra
 
 # In lengthscales. Of landmarks farther apart rounding of two rows of C is no larger than of their difference.
 NEAR = 0.5
-# Of −t: where it is larger C is 0 already, and their product is to stay so.
-STEEP = 80.0
+# The most that −t is: with |z − p| of a lengthscale, more than 13.7 is where C is below 1e-38. What would be the product
+# of 0 and an infinite number is 0 then, in derivatives too, which multiply by values of tokens.
+STEEP = 20.0
 
 
 class Nearby(NamedTuple):
@@ -40,17 +41,17 @@ class Nearby(NamedTuple):
 
     def of_columns(self, c: Array, x: Array, xp: Namespace) -> Array:
         """C Lᵀ, to be differentiated, for C = k(x, z) of points x near the origin that the landmarks have."""
-        return -c * xp.expm1(self._falls(x, STEEP, xp))
+        return -c * xp.expm1(self._falls(x, xp))
 
     def of_gram(self, a: Array, z: Array, xp: Namespace) -> Array:
         """L A Lᵀ, likewise, for A = k(z, z)."""
-        fall = self._falls(z, STEEP / 2, xp)
+        fall = self._falls(z, xp)
         fall_t = xp.matrix_transpose(fall)
         both = xp.expm1(xp.matrix_transpose(self.steps) @ self.steps)
         return a * (xp.expm1(fall) * xp.expm1(fall_t) + xp.exp(fall + fall_t) * both)
 
-    def _falls(self, x: Array, most: float, xp: Namespace) -> Array:
-        return xp.clip(self.falls - x @ self.steps, max=most)
+    def _falls(self, x: Array, xp: Namespace) -> Array:
+        return xp.clip(self.falls - x @ self.steps, max=STEEP)
 
 
 def nearby(

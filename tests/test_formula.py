@@ -177,3 +177,15 @@ def test_who_wants_no_derivative_does_not_pay():
     operations = {str(node.target) for node in program.graph.nodes}
     assert "aten.exp.default" in operations
     assert "aten.expm1.default" not in operations
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_out_of_reach_have_no_part_in_derivatives(way):
+    """Nor have their values, however large; C is 0 there, and what differs between landmarks would be infinite."""
+    q, v, z, g = near_singular("all")
+    far, large = torch.cat([q, 1e4 * q], 1), torch.cat([v, 1e4 * v], 1)
+    q_bar, v_bar, z_bar = way({}, (far, large, z), torch.cat([g, g], 1))
+    for found, expected in zip((q_bar, v_bar), way({}, (q, v, z), g)[:2], strict=True):
+        assert not found[:, 300:].any()
+        torch.testing.assert_close(found[:, :300], expected, rtol=0, atol=24 * EPS * expected.abs().max().item())
+    assert torch.isfinite(z_bar).all()

@@ -436,7 +436,7 @@ def test_compiles_for_a_gpu(width, dtype, capability, tmp_path, monkeypatch):
     for name, blocks in zip(KERNELS, (along, across, along, across), strict=True):
         kernel = getattr(_fused_attention, name)
         constants = {key: value for key, value in blocks.items() if key != "num_warps"}
-        constants |= {"DIFFERS": True, "STEEP": 80.0} if "DIFFERS" in kernel.arg_names else {}
+        constants |= {"DIFFERS": True, "STEEP": _fused_attention.STEEP} if "DIFFERS" in kernel.arg_names else {}
         constants |= {key: 1 for key in kernel.arg_names if key.endswith("_column")}
         pointers = dict.fromkeys(("q", "z", "v", "g", "q_bar", "v_bar", "out"), f"*{short}")
         pointers |= dict.fromkeys(("w", "s_bar", "steps", "falls", "partial"), "*fp32")
