@@ -45,7 +45,12 @@ def test_values_and_gradients(dtype, filters, size, last):
     # Sums of so many terms at the most, in float32; what they are of is exact, and the result rounded.
     magnitudes = gradients(torchs, *(x.abs() for x in tensors(size=size, filters=filters, last=last)))
     terms = max(filters[0] * filters[1], 2 * size[0] * size[1])
-    found = gradients(depthwise_convolution, *tensors(size=size, filters=filters, dtype=dtype, last=last))
+    given = tensors(size=size, filters=filters, dtype=dtype, last=last)
+    found = gradients(depthwise_convolution, *given)
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        # Torch's own, which sums in bfloat16, is left to do as it does.
+        assert all(map(torch.equal, found, gradients(torchs, *given)))
+        return
     for x, right, most in zip(found, exact, magnitudes, strict=True):
         assert x.dtype == dtype
         bound = terms * torch.finfo(torch.float32).eps * most + torch.finfo(dtype).eps * right.abs()
