@@ -56,7 +56,7 @@ def plain(
     c = gaussian_block(x, (z - centre) * scale, xp)
     if near is not None:
         c, system = near.of_columns(c, x, xp), near.links @ system @ xp.matrix_transpose(near.links)
-        core = _in_differences(core, xp.astype(near.links, z.dtype, copy=False), xp)
+        core = _of_differences(core, xp.astype(near.links, z.dtype, copy=False), xp)
     return xp.astype(c @ corrected(core, system, xp.matrix_transpose(c) @ values, xp), v.dtype, copy=False)
 
 
@@ -82,7 +82,7 @@ def from_gram(
     if near is None:
         c, system = scaled(c, a, normalize, xp), a + ridge * identity(a, xp)
     else:
-        c, system, core = in_differences(c, x, y, a, core, near, ridge, normalize, xp)
+        c, system, core = differences(c, x, y, a, core, near, ridge, normalize, xp)
     w = corrected(core, system, xp.matrix_transpose(c) @ values, xp)
     return xp.astype(c @ w, v.dtype, copy=False)
 
@@ -92,7 +92,7 @@ def scaled(c: Array, a: Array, normalize: bool, xp: Namespace) -> Array:
     return c / xp.sqrt(xp.sum(a, axis=-2, keepdims=True)) if normalize else c
 
 
-def in_differences(
+def differences(
     c: Array,
     x: Array,
     y: Array,
@@ -110,10 +110,10 @@ def in_differences(
     if normalize:
         d = _normalized(d, c, a, near.of_columns(a, y, xp), eye - links, xp)
     system = near.of_gram(a, y, xp) + ridge * (links @ xp.matrix_transpose(links))
-    return d, system, _in_differences(core, links, xp)
+    return d, system, _of_differences(core, links, xp)
 
 
-def _in_differences(core: Array | Factor, links: Array, xp: Namespace) -> Array:
+def _of_differences(core: Array | Factor, links: Array, xp: Namespace) -> Array:
     """L⁻ᵀ M L⁻¹; the entries of L⁻¹ are 0 and 1."""
     inverse = solve_triangular(links, xp.broadcast_to(identity(links, xp), links.shape), xp)
     return stop_gradient(xp.matrix_transpose(inverse) @ (core @ inverse))

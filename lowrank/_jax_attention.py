@@ -4,9 +4,9 @@ With D = C Lᵀ, P' = L P Lᵀ, w' = P'⁻¹ Dᵀ v and w = Lᵀ w' (``_formula`
 
     dX = D dw' + dC w,   dw' = P'⁻¹ L (Cᵀ dv + dCᵀ v − dA w).
 
-It is the transposes of the first D, in w', and of this one that derivatives in z depend on. Products with C elsewhere
-are as right, and spare the compiler D, which it would compute again for each. Written in operations that JAX
-differentiates, the rule has derivatives of its own.
+Backward that is what it is for torch (``_attend``): only w' and, by the transpose of D dw', its counterpart for a
+cotangent come from sums of differences. All else takes C, which the compiler has, where it would compute D again for
+each product with it. Written in operations that JAX differentiates, the rule has derivatives of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lowrank._array import arithmetic
-from lowrank._formula import WITHIN, corrected, from_gram, gaussian_block, in_differences, scaled
+from lowrank._formula import WITHIN, corrected, from_gram, gaussian_block, differences, scaled
 from lowrank._nearby import what_differs
 
 
@@ -35,7 +35,7 @@ def attend(
     ridge: float,
     normalize: bool,
 ) -> Array:
-    """``from_gram`` of arrays in single precision, with a mask of landmarks."""
+    """``from_gram`` of arrays in single precision, with the mask of landmarks."""
     return from_gram(q, z, v, a, core, None, centre, scale, ridge, jnp, normalize=normalize)
 
 
@@ -59,7 +59,7 @@ def _(
         x, y, values, dvalues = (t.astype(z.dtype) for t in (q, z, v, dv))
         c, dc, block = jax.jvp(columns, (x, z, a), (dq.astype(z.dtype), dz, da), has_aux=True)
         x, y = (x - centre) * scale, (z - centre) * scale
-        d, system, core = in_differences(block, x, y, a, core, near, ridge, normalize, jnp)
+        d, system, core = differences(block, x, y, a, core, near, ridge, normalize, jnp)
         links = near.links.astype(z.dtype)
         difference = corrected(core, system, d.mT @ values, jnp)
         w = links.mT @ difference

@@ -21,8 +21,8 @@ from lowrank._array import Array, Namespace, device, identity, is_on_cpu, is_tra
 
 # In lengthscales. Of landmarks farther apart rounding of two rows of C is no larger than of their difference.
 NEAR = 0.5
-# The most that −t is: with |z − p| of a lengthscale, more than 13.7 is where C is below 1e-38. What would be the product
-# of 0 and an infinite number is 0 then, in derivatives too, which multiply by values of tokens.
+# The most that −t is: with |z − p| of a lengthscale, more than 13.7 is where C is below 1e-38. What would be 0 times an
+# infinite number is 0 then, in derivatives too, which multiply by values of tokens.
 STEEP = 20.0
 
 
