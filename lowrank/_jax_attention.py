@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lowrank._array import arithmetic
-from lowrank._formula import WITHIN, corrected, from_gram, gaussian_block, differences, scaled
+from lowrank._formula import WITHIN, corrected, differences, from_gram, gaussian_block, scaled
 from lowrank._nearby import what_differs
 
 
