@@ -238,7 +238,7 @@ static size_t room_of(const struct attention *t, int what)
 #include "_native_lanes.h"
 
 #define LANES 8
-#define TALL 4
+#define TALL 6
 #define STREAM __builtin_ia32_movntps256
 #define NAME(x) x##_8
 #define TARGET __attribute__((target("avx2,fma")))

@@ -66,7 +66,10 @@ INLINE TARGET void NAME(tiles)(long M, int V, long K, const float *A, long si, l
 #define CASE(I) case I: NAME(tile)(I, V, K, A + i * si, si, sk, B, sb, O + i * so, so, how); break;
             CASE(1) CASE(2) CASE(3) CASE(4)
 #if TALL > 4
-            CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+            CASE(5) CASE(6)
+#endif
+#if TALL > 6
+            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
 #undef CASE
         }
