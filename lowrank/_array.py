@@ -12,7 +12,7 @@ import contextlib
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat as compat
@@ -53,11 +53,13 @@ def namespace(**arrays: Array) -> Namespace:
                 f"{first} has dtype {x0.dtype} and {name} has dtype {x.dtype} "
                 f"(shapes {tuple(x0.shape)}, {tuple(x.shape)}); convert one of them"
             )
-        if not is_traced(x0, x) and compat.device(x) != compat.device(x0):
-            raise ValueError(
-                f"{first} (shape {tuple(x0.shape)}) is on device {compat.device(x0)} and {name} "
-                f"(shape {tuple(x.shape)}) on {compat.device(x)}; move one of them"
-            )
+    if others and not is_traced(*arrays.values()):
+        for name, x in others:
+            if compat.device(x) != compat.device(x0):
+                raise ValueError(
+                    f"{first} (shape {tuple(x0.shape)}) is on device {compat.device(x0)} and {name} "
+                    f"(shape {tuple(x.shape)}) on {compat.device(x)}; move one of them"
+                )
     if compat.is_torch_array(x0) and x0.is_meta:
         raise TypeError(f"{first} (shape {tuple(x0.shape)}) is on the device meta, where tensors hold no values")
     return xp
@@ -126,23 +128,22 @@ def is_half(x: Array) -> bool:
     return str(x.dtype).rsplit(".")[-1] in ("float16", "bfloat16")
 
 
-def is_traced(*arrays: Array) -> bool:
-    """Whether any array is symbolic, so that no value of it may decide what is computed next."""
-    for x in arrays:
-        if compat.is_torch_array(x):
-            import torch
+def is_traced(first: Array, *others: Array) -> bool:
+    """Whether any array of one library is symbolic, so that no value of it may decide what is computed next."""
+    if compat.is_torch_array(first):
+        import torch
 
-            if torch.compiler.is_compiling():
-                return True
-            x, functorch = _unwrapped(x), torch._C._functorch
+        if torch.compiler.is_compiling():
+            return True
+        functorch = torch._C._functorch
+        for x in map(_unwrapped, (first, *others)):
             # A vmapped tensor shows a batch of values as one, so that it has no single truth value.
             if functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x):
                 return True
-        elif compat.is_jax_array(x):
-            import jax
+    elif compat.is_jax_array(first):
+        import jax
 
-            if isinstance(x, jax.core.Tracer):
-                return True
+        return any(isinstance(x, jax.core.Tracer) for x in (first, *others))
     return False
 
 
@@ -155,8 +156,7 @@ def _unwrapped(x: Array) -> Array:
     return x
 
 
-@contextlib.contextmanager
-def arithmetic(x: Array) -> Iterator[None]:
+def arithmetic(x: Array) -> contextlib.AbstractContextManager[Any]:
     """Products of x are formed in its own dtype here, outside of autocast and at JAX's highest precision, and
     overflow travels as Inf or NaN to where results are judged, on NumPy as on every other library. Whether torch
     may use TF32 on a GPU is a setting of the whole process, and stays the user's."""
@@ -165,16 +165,12 @@ def arithmetic(x: Array) -> Iterator[None]:
 
         kind = x.device.type
         # To enter a context takes as long as a small product.
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
-            yield
-    elif compat.is_jax_array(x):
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    if compat.is_jax_array(x):
         import jax
 
-        with jax.default_matmul_precision("highest"):
-            yield
-    else:
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-            yield
+        return jax.default_matmul_precision("highest")
+    return np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore")
 
 
 def has_derivative(x: Array) -> bool:

@@ -118,9 +118,8 @@ def _approximation(a: Array, *, ridge: float, upper: Any, tol: float, xp: Namesp
         valid = xp.zeros_like(valid)  # what X may hold overflows
     # The first takes neither E nor S·X; P is tried with one. Nothing is cut off.
     figures = len(chosen.steps), chosen.products - 2 + 1, max(1 - chosen.low, chosen.high - 1), 0
-    steps, products, bound, cutoff = (
-        xp.full(batch, float(v), dtype=real_dtype(a, xp), device=device(a)) for v in figures
-    )
+    about = {"dtype": real_dtype(a, xp), "device": device(a)}
+    steps, products, bound, cutoff = (xp.full(batch, float(v), **about) for v in figures)
     return or_nan(valid, x, xp), Work(steps, products, bound, cutoff, valid)
 
 
