@@ -75,7 +75,7 @@ def from_gram(
     normalize: bool = False,
 ) -> Array:
     """X for A = k(z, z), 0 between landmarks of which one is masked, M that inverts P = A + δI or is 0 where landmarks
-    are masked, and what differs between landmarks. ``normalize``: for D^-½ P⁻¹ D^-½, D the row sums of A."""
+    are masked, and what differs between landmarks. ``normalize``: for R^-½ P⁻¹ R^-½, R the row sums of A."""
     x, values = (xp.astype(y, z.dtype, copy=False) for y in (q, v))
     x, y = (x - centre) * scale, (z - centre) * scale
     c = gaussian_block(x, y, xp)
@@ -88,7 +88,7 @@ def from_gram(
 
 
 def scaled(c: Array, a: Array, normalize: bool, xp: Namespace) -> Array:
-    """C, or C D^-½."""
+    """C, or, with R the row sums of A, C R^-½."""
     return c / xp.sqrt(xp.sum(a, axis=-2, keepdims=True)) if normalize else c
 
 
@@ -103,7 +103,7 @@ def differences(
     normalize: bool,
     xp: Namespace,
 ) -> tuple[Array, Array, Array]:
-    """C Lᵀ, or C D^-½ Lᵀ, and L P Lᵀ, to be differentiated, and L⁻ᵀ M L⁻¹; of points x and landmarks y near the
+    """C Lᵀ, or C R^-½ Lᵀ, and L P Lᵀ, to be differentiated, and L⁻ᵀ M L⁻¹; of points x and landmarks y near the
     origin, in lengthscales."""
     links, eye = xp.astype(near.links, y.dtype, copy=False), identity(a, xp)
     d = near.of_columns(c, x, xp)

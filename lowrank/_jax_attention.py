@@ -49,13 +49,14 @@ def _(
 ) -> tuple[Array, Array]:
     q, z, v, a, core, centre, mask = primals
     dq, dz, dv, da, *_ = tangents
-    near = what_differs(z, centre, scale, jnp, within=WITHIN, mask=mask)
 
     def columns(q: Array, z: Array, a: Array) -> tuple[Array, Array]:
         block = gaussian_block((q - centre) * scale, (z - centre) * scale, jnp)
         return scaled(block, a, normalize, jnp), block
 
+    # A program may be differentiated after its call, and outside of what arithmetic was asked for there.
     with arithmetic(z):
+        near = what_differs(z, centre, scale, jnp, within=WITHIN, mask=mask)
         x, y, values, dvalues = (t.astype(z.dtype) for t in (q, z, v, dv))
         c, dc, block = jax.jvp(columns, (x, z, a), (dq.astype(z.dtype), dz, da), has_aux=True)
         x, y = (x - centre) * scale, (z - centre) * scale

@@ -252,7 +252,7 @@ def _by_formula(
     xp: Namespace,
 ) -> Array:
     """X in operations of the library's own, in no precision above that of z: programs are traced for other devices."""
-    a, both = _only_of(gaussian_gram((z - centre) * scale, xp), landmark_mask, xp)
+    a, both = _masked_gram(gaussian_gram((z - centre) * scale, xp), landmark_mask, xp)
     core = _approximate_inverse(stop_gradient(a), ridge, method, xp)
     core = core if both is None else xp.where(both, core, xp.zeros_like(core))
     near = None
@@ -265,7 +265,7 @@ def _by_formula(
     return from_gram(q, z, v, a, core, near, centre, scale, ridge, xp, normalize=normalize)
 
 
-def _only_of(a: Array, mask: Array | None, xp: Namespace) -> tuple[Array, Array | None]:
+def _masked_gram(a: Array, mask: Array | None, xp: Namespace) -> tuple[Array, Array | None]:
     """A, and with a mask of landmarks which entries count. The others are those of I: the inverse of a block diagonal
     matrix is block diagonal, and what is masked does not touch what is not."""
     if mask is None:
@@ -311,7 +311,7 @@ def _core(
     P is None where M is no inverse of it, to be differentiated as such, but what it is: by a function of the caller's
     own, or the pseudoinverse of a matrix that may be singular. In the place of M there may be the factor of P.
     """
-    a, both = _only_of(a, mask, xp)
+    a, both = _masked_gram(a, mask, xp)
     solves = inverse is None and ridge > 0
     system = a + ridge * identity(a, xp) if solves else None
     roots = _roots(a, xp) if normalize else None
