@@ -46,7 +46,6 @@ from lowrank._array import (
     widest_real,
 )
 from lowrank._formula import CORRECTIONS, Factor
-from lowrank._nearby import STEEP, Nearby, nearby
 from lowrank.kernels import _slices
 
 # Entries of a block of C, that is of how many points are taken together. It is written once and read by two to six
@@ -57,6 +56,13 @@ _CPU_ENTRIES, _GPU_ENTRIES = 2**21, 2**25
 # Blocks that are kept until C is needed again: to read one takes a third of the time of computing it. Two of a CPU's
 # are 16 MiB in float32.
 _CPU_BLOCKS, _GPU_BLOCKS = 2, 1
+# Points whose part of a sum over points is added to it as one: the error of a sum is that of so many terms. Twice as
+# many leave a fifth more of it, and half as many no less.
+FEW = 32
+# For how many of its eps rounding of σ may count in w before σ is summed in double precision. The error that is left in
+# z̄ is 1 to 2 times that, in some hundred sets of landmarks: 1e-5 in float32. And s²‖z‖²/2 of a landmark for which
+# there are twice as many eps, for the exponents are as large.
+AMPLIFIED, REACH = 48, 8
 
 
 def applied(core: Array | Factor, system: Array | None, sigma: Array, xp: Namespace) -> Array:
@@ -136,7 +142,7 @@ def forward(
 ) -> tuple[Array, Array, Array]:
     """X, σ and w for arrays of four axes and one batch shape (B, H); X is of the dtype of v.
 
-    Where no way back is ``recorded``, C itself is summed, also of landmarks nearby: X is nearly as right without.
+    Where no way back is ``recorded``, sums are never formed in double precision: X is nearly as right without.
     """
     out = xp.empty_like(v)  # with the strides of v
     memory, plan, found = _Memory(centre, xp), _planned(q, z), []
@@ -144,12 +150,12 @@ def forward(
     for group, blocks in plan.groups:
         z_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, core, system, centre))
         v_at = _together(v, group, blocks, "v", memory, xp)
-        near = nearby(z_, c_, scale, xp) if recorded and system is not None else None
-        block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, near, room, memory, xp)
+        block = _Blocks(q[(*group, ...)], z_, c_, centre[(*group, ...)], scale, blocks, room, memory, xp)
         sigma: Any = None
         for rows in blocks:
-            sigma = _plus(sigma, xp.matrix_transpose(block.summed(rows)), v_at(rows), xp)
-        sigma, w = solved(core_, system_, near, block.sign * sigma, xp)
+            sigma = _summed(sigma, block.at(rows), v_at(rows), xp)
+        exact = block.exact_sums(v_at) if recorded and system is not None else None
+        sigma, w = solved(core_, system_, sigma, block.half_z, exact, xp)
         for rows in reversed(blocks):
             _put_product(out, group, rows, block.at(rows), w, "x0", memory, xp)
         found.append((sigma, w))
@@ -179,15 +185,15 @@ def backward(
     for group, blocks in plan.groups:
         z_, core_, system_, c_, sigma, w = (_flat(x, group, xp) for x in (z, core, system, centre, sums, weights))
         v_at, g_at = (_together(x, group, blocks, name, memory, xp) for x, name in ((v, "v"), (g, "g")))
-        near, z_ = None if system is None else nearby(z_, c_, scale, xp), z_ - c_
-        block = _Blocks(q[(*group, ...)], z_, centre[(*group, ...)], scale, blocks, near, room, memory, xp)
+        block = _Blocks(q[(*group, ...)], z_, c_, centre[(*group, ...)], scale, blocks, room, memory, xp)
         w_bar: Any = None
         for rows in blocks:
             x = block.points(rows, _room(q_bar, group, rows, block.name_of_points(rows), memory, xp))
-            w_bar = _plus(w_bar, xp.matrix_transpose(block.summed(rows, x)), g_at(rows), xp)
+            w_bar = _summed(w_bar, block.at(rows, x), g_at(rows), xp)
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
         inverse = xp.matrix_transpose(core_) if system_ is None else core_
-        w_bar, sigma_bar = solved(inverse, system_, near, block.sign * w_bar, xp)
+        exact = None if system is None else block.exact_sums(g_at)
+        w_bar, sigma_bar = solved(inverse, system_, w_bar, block.half_z, exact, xp)
         w_t, sigma_bar_t, from_q = transposed_copy(w, xp), transposed_copy(sigma_bar, xp), None
         for rows in reversed(blocks):
             x = _room(q_bar, group, rows, block.name_of_points(rows), memory, xp)
@@ -198,8 +204,8 @@ def backward(
             h *= c
             from_q = _plus(from_q, xp.matrix_transpose(h), x, xp)
             x *= xp.sum(h, axis=-1, keepdims=True)
-            _bring(q_bar, group, rows, add_product(x, h, z_, xp, beta=-s2, alpha=s2, out=x), xp)
-        given = w_bar, sigma_bar, sigma, w, system_, z_
+            _bring(q_bar, group, rows, add_product(x, h, block.z, xp, beta=-s2, alpha=s2, out=x), xp)
+        given = w_bar, sigma_bar, sigma, w, system_, block.z
         found.append(landmark_cotangents(from_q, *given, s2, xp, of_gram=of_gram))
     z_bar, inner_bar = (
         None if parts[0] is None else _joined(parts, plan, q.shape[:2], xp) for parts in zip(*found, strict=True)
@@ -208,13 +214,36 @@ def backward(
 
 
 def solved(
-    core: Array | Factor, system: Array | None, near: Nearby | None, summed: Array, xp: Namespace
+    core: Array | Factor,
+    system: Array | None,
+    sums: Array,
+    half_z: Array,
+    exact: Callable[[Array], Array] | None,
+    xp: Namespace,
 ) -> tuple[Array, Array]:
-    """σ and w for sums over C or, if some landmarks are near others, over what differs."""
-    if near is None:
-        return summed, applied(core, system, summed, xp)
-    sigma = near.sums(summed, xp)
-    return xp.astype(sigma, summed.dtype), applied(core, system, sigma, xp)
+    """σ and w for sums over C; and where rounding of the sums counts for too much in w, and ``exact`` is given, for
+    what that makes of the elements of the batch where it does: sums in double precision, and anything of the others.
+
+    ``half_z`` are s²‖z‖²/2, or their negatives, (..., 1, m).
+    """
+    w = applied(core, system, sums, xp)
+    if exact is None:
+        return sums, w
+    amplified = _amplifies(core, sums, half_z, w, xp)
+    if not bool(xp.any(amplified)):
+        return sums, w
+    wide, amplified = exact(amplified), amplified[..., None, None]
+    w = xp.where(amplified, applied(core, system, wide, xp), w)
+    return xp.where(amplified, xp.astype(wide, sums.dtype), sums), w
+
+
+def _amplifies(core: Array | Factor, sums: Array, half_z: Array, w: Array, xp: Namespace) -> Array:
+    """Of each element of the batch, whether rounding of σ, of each row for itself by some eps, counts in w = Mσ for
+    more than ``AMPLIFIED`` eps."""
+    core = core @ identity(core.lower, xp) if isinstance(core, Factor) else core
+    rounded = xp.linalg.vector_norm(sums, axis=-1) * (1 + xp.abs(half_z[..., 0, :]) / REACH)
+    error = core * rounded[..., None, :]
+    return xp.linalg.matrix_norm(error) > AMPLIFIED * xp.linalg.matrix_norm(w)
 
 
 class _Plan(NamedTuple):
@@ -281,29 +310,32 @@ class _Memory:
 
 
 class _Blocks:
-    """Blocks of C for some points of two batch axes, as they lie in memory, and landmarks of one, which are centred."""
+    """Blocks of C for some points of two batch axes, as they lie in memory, and landmarks of one, each with the centre
+    in their shape."""
 
     def __init__(
         self,
         q: Array,
-        z: Array,
+        landmarks: Array,
+        their_centre: Array,
         centre: Array,
         scale: float,
         blocks: list[slice],
-        near: Nearby | None,
         places: Array,
         memory: _Memory,
         xp: Namespace,
     ) -> None:
-        self.q, self.z, self.centre, self.memory, self.xp = q, z, centre, memory, xp
+        self.landmarks = landmarks, their_centre
+        self.q, self.z, self.centre, self.memory, self.xp = q, landmarks - their_centre, centre, memory, xp
         self.half_s2 = 0.5 * scale * scale
-        self.rows, self.places = blocks[0].stop, places
+        self.blocks, self.rows, self.places = blocks, blocks[0].stop, places
         self.held: list[slice | None] = [None] * len(places)
-        self.near, self.sign = near, 1.0 if near is None else -1.0
-        self.steps = None if near is None else near.steps * -scale
         # s²zᵀ and −s²‖z‖²/2, of which C is made.
-        self.z_t = transposed_copy(z * (2 * self.half_s2), xp)
-        self.half_z = xp.sum(z * z, axis=-1)[..., None, :] * -self.half_s2
+        self.z_t, self.half_z = self._of_landmarks(self.z)
+
+    def _of_landmarks(self, z: Array) -> tuple[Array, Array]:
+        squares = self.xp.sum(z * z, axis=-1)[..., None, :]
+        return transposed_copy(z * (2 * self.half_s2), self.xp), squares * -self.half_s2
 
     def holds(self, rows: slice) -> bool:
         """Whether C there, and with it the points, are as they were computed."""
@@ -339,19 +371,27 @@ class _Blocks:
             self.held[place] = rows
         return c
 
-    def summed(self, rows: slice, x: Array | None = None) -> Array:
-        """C, or times ``sign`` what differs from the rows of parents; of these points, and until the next call."""
-        if self.near is None:
-            return self.at(rows, x)
-        (batch, _, d), xp = self.z.shape, self.xp
-        if x is None:
-            x = self.points(rows, self.memory.take("x0", (batch, rows.stop - rows.start, d)))
-        c = self.at(rows, x)
-        h = stacked_product(x, self.steps, xp, out=self.memory.take("h", c.shape))
-        h += self.near.falls
-        h = xp.expm1(xp.clip(h, max=STEEP, out=h), out=h)
-        h *= c
-        return h
+    def exact_sums(self, v_at: Callable[[slice], Array]) -> Callable[[Array], Array] | None:
+        """What gives Cᵀ times values of the points with C and all else in double precision; None in that itself, or
+        where there is none."""
+        xp, (batch, m, d) = self.xp, self.z.shape
+        if self.z.dtype == (wide := widest_real(self.z, xp)):
+            return None
+
+        def sums(_: Array) -> Array:
+            landmarks, centre = (xp.astype(x, wide) for x in self.landmarks)
+            (z_t, half_z), total = self._of_landmarks(landmarks - centre), None
+            for rows in self.blocks:
+                # To round a point is to move it a little for all landmarks alike, and harmless; not so a landmark.
+                x = self.points(rows, self.memory.take("exact", (batch, rows.stop - rows.start, d)))
+                x = xp.astype(x, wide)
+                c = xp.empty((*x.shape[:2], m), dtype=wide, device=device(x))
+                half_x = xp.sum(x * x, axis=-1, keepdims=True) * -self.half_s2
+                exp_of_negative(product_and_sums(x, z_t, half_x, half_z, c, xp), xp)
+                total = _summed(total, c, xp.astype(v_at(rows), wide), xp)
+            return total
+
+        return sums
 
 
 def _flat(x: Any, group: tuple[slice, slice], xp: Namespace) -> Any:
@@ -430,3 +470,17 @@ def _joined(parts: tuple[Array, ...], plan: _Plan, batch: tuple[int, ...], xp: N
 def _plus(total: Array | None, a: Array, b: Array, xp: Namespace) -> Array:
     """total + a @ b, where there is a total."""
     return stacked_product(a, b, xp) if total is None else add_product(total, a, b, xp, out=total)
+
+
+def _summed(total: Array | None, c: Array, v: Array, xp: Namespace) -> Array:
+    """total + Cᵀv, where there is a total, the sum over points formed of sums over ``FEW``."""
+    (batch, count, m), e = c.shape, v.shape[-1]
+    parts = count // FEW
+    for rows, of_each in ((slice(0, parts * FEW), FEW), (slice(parts * FEW, count), count % FEW)):
+        if rows.start == rows.stop:
+            continue
+        c_parts, v_parts = (xp.reshape(x[:, rows, :], (-1, of_each, x.shape[-1])) for x in (c, v))
+        found = stacked_product(xp.matrix_transpose(c_parts), v_parts, xp)
+        found = xp.sum(xp.reshape(found, (batch, -1, m, e)), axis=1)
+        total = found if total is None else total + found
+    return total

@@ -85,152 +85,109 @@ TARGET static void NAME(less_points)(const struct attention *t, struct place p, 
     const long d = t->d, stride = PADDED(d);
     const struct rows *out = &t->q_bar;
     float *at = row_of(out, p);
+    const float scale = t->scale;
     const int direct = !out->half, streams = way_of(out, t, d) == STREAMS;
     for (long i = 0; i < p.count; i++, x += stride, hz += stride) {
         float *to = direct ? at + i * out->of_row : hz;
         if (streams)
             for (long k = 0; k < d; k += LANES)
-                NAME(stream)(to + k, t->scale * (*(vec *)(hz + k) - of_rows[i] * *(const vec *)(x + k)));
+                NAME(stream)(to + k, scale * (*(vec *)(hz + k) - of_rows[i] * *(const vec *)(x + k)));
         else
-            for (long k = 0; k < d; k++) to[k] = t->scale * (hz[k] - of_rows[i] * x[k]);
+            for (long k = 0; k < d; k++) to[k] = scale * (hz[k] - of_rows[i] * x[k]);
     }
     if (!direct) NAME(write)(out, p, d, hz - p.count * stride);
 }
 
-/* Landmarks z = (landmark - c)s of an element, in padded rows, and |z|^2/2; whether one is so far out that care is needed,
-   and whether some are near others. One that is near an earlier one has the nearest for its parent, by number, the step
-   z - parent, of which rounding leaves as little wrong as it is small, and the fall -(|z|^2 - |parent|^2)/2; the others
-   have the parent -1 and the step z. */
+/* Landmarks z = (landmark - c)s of an element, in padded rows, and |z|^2/2; whether one is so far out that care is
+   needed. */
 struct NAME(landmarks) {
-    float *z, *half_z, *step, *fall;
-    int32_t *parent, *far, *near;
+    float *z, *half_z;
+    int far;
 };
 
-/* Where they are in memory for them. */
-TARGET static struct NAME(landmarks) NAME(landmarks_at)(const struct attention *t, float *room)
-{
-    const long m = t->m, D = PADDED(t->d);
-    float *z = TAKE(m * D), *step = TAKE(m * D), *half_z = TAKE(m), *fall = TAKE(m);
-    int32_t *parent = (int32_t *)TAKE(m), *flags = (int32_t *)TAKE(2);
-    return (struct NAME(landmarks)){z, half_z, step, fall, parent, flags, flags + 1};
-}
-
-/* For each landmark the nearest of those before it, if that is near. */
-TARGET static void NAME(parents)(const struct attention *t, long element, const struct NAME(landmarks) *y, float *room)
+TARGET static struct NAME(landmarks) NAME(prepared)(const struct attention *t, long element, float *room)
 {
     const long m = t->m, d = t->d, D = PADDED(d);
-    const float *at = t->z + element * m * d;
-    float *z_t = TAKE(D * BLOCK), *product = TAKE(m * BLOCK), *most = TAKE(m);
-    for (long j = 0; j < m; j++) most[j] = y->half_z[j] - 0.5f * NEAR * NEAR; /* z'p - |p|^2/2 of the distance NEAR */
-    for (long b = 0; b < m; b += BLOCK) {
-        const long count = LEAST(BLOCK, m - b);
-        NAME(transpose)(count, D, (struct block){y->z + b * D, D}, z_t);
-        NAME(product)(m - b, PADDED(count), d, y->z + b * D, D, 1, z_t, BLOCK, product, BLOCK, SETS);
-        for (long j = b + 1; j < m; j++)
-            for (long i = b; i < LEAST(j, b + count); i++) {
-                const float close = product[(j - b) * BLOCK + i - b] - y->half_z[i];
-                if (close > most[j]) most[j] = close, y->parent[j] = i;
-            }
-    }
+    const float *centre = t->centre + element * d, scale = t->scale;
+    float *all = TAKE(m * D), *half = TAKE(m);
+    struct NAME(landmarks) y = {all, half, 0};
+    NAME(pad)(m, d, t->z + element * m * d, y.z);
     for (long j = 0; j < m; j++) {
-        if (y->parent[j] < 0) continue;
-        const float *z = y->z + j * D, *p = y->z + y->parent[j] * D;
-        float *step = y->step + j * D, square = 0, fall = 0;
-        for (long k = 0; k < d; k++) step[k] = (at[j * d + k] - at[y->parent[j] * d + k]) * t->scale;
-        vec squares = {0}, falls = {0};
-        for (long k = 0; k < D; k += LANES) {
-            const vec along = *(vec *)(step + k);
-            squares += along * along, falls += along * (*(const vec *)(z + k) + *(const vec *)(p + k));
-        }
-        for (int k = 0; k < LANES; k++) square += squares[k], fall += falls[k];
-        y->fall[j] = -0.5f * fall;
-        if (square <= 2 * NEAR * NEAR)
-            *y->near = 1;
-        else { /* The product of landmarks far from the origin may not tell. */
-            y->parent[j] = -1;
-            memcpy(step, z, sizeof(float) * D);
-        }
+        float *z = y.z + j * D, sum = 0;
+        for (long k = 0; k < d; k++) z[k] = (z[k] - centre[k]) * scale, sum += z[k] * z[k];
+        y.half_z[j] = 0.5f * sum;
+        y.far |= !(y.half_z[j] < FAR);
     }
+    return y;
 }
 
-TARGET static void NAME(prepare)(const struct attention *t, long element, const struct NAME(landmarks) *y, float *room)
-{
-    const long m = t->m, d = t->d, D = PADDED(d);
-    const float *centre = t->centre + element * d;
-    *y->far = *y->near = 0;
-    NAME(pad)(m, d, t->z + element * m * d, y->z);
-    for (long j = 0; j < m; j++) {
-        float *z = y->z + j * D, sum = 0;
-        for (long k = 0; k < d; k++) z[k] = (z[k] - centre[k]) * t->scale, sum += z[k] * z[k];
-        y->half_z[j] = 0.5f * sum;
-        y->parent[j] = -1;
-        *y->far |= !(y->half_z[j] < FAR);
-    }
-    memcpy(y->step, y->z, sizeof(float) * m * D);
-    if (t->differs && !*y->far) NAME(parents)(t, element, y, room);
-}
-
-/* A row of C less that of a parent, which is times exp(x'step + fall) - 1; and the row itself. Of landmarks that are
-   close, where A is near singular, it is their difference that counts, and what rounding leaves of this is small as the
-   difference is. */
-TARGET static void NAME(from_parent)(float *c, float *less, const float *parent, float fall, long width)
-{
-    const vec zero = {0}, low = zero + LOWEST, least = zero + FLOOR, one = zero + 1.0f;
-    for (long r = 0; r < width; r += LANES) {
-        vec y = *(vec *)(c + r) + fall;
-        y = NAME(choose)(y > low, y, low), y = NAME(choose)(y < -low, y, -low);
-        const vec p = *(const vec *)(parent + r), gap = NAME(expm1_of)(y) * p, k = p + gap;
-        if (less) *(vec *)(less + r) = gap;
-        *(vec *)(c + r) = NAME(choose)(k < one, (vec)((bits)k & (k >= least)), one);
-    }
-}
-
-/* Rows of C, in rows of BLOCK, less those of their parents where they have any. */
-TARGET static void NAME(differences)(const struct NAME(landmarks) *y, long m, const float *c, float *less, long width)
-{
-    for (long j = 0; j < m; j++)
-        for (long r = 0; r < width; r++)
-            less[j * BLOCK + r] = c[j * BLOCK + r] - (y->parent[j] < 0 ? 0 : c[y->parent[j] * BLOCK + r]);
-}
-
-/* Rows, of width numbers, with those of their parents. */
-TARGET static void NAME(add_parents)(const struct NAME(landmarks) *y, long m, double *rows, long width)
-{
-    for (long j = 0; *y->near && j < m; j++)
-        for (long r = 0; y->parent[j] >= 0 && r < width; r++) rows[j * width + r] += rows[y->parent[j] * width + r];
-}
-
-/* C transposed, (m, count), of points transposed, (d, count), in rows of BLOCK; and, if less is not 0 and some landmarks
-   are near others, C less the rows of parents there. x'z, |x|^2 and |z|^2 are summed in the same order: where a point is
-   next to a landmark their roundings are nearly the same, and go. next are the points that come next. */
+/* C transposed, (m, count), of points transposed, (d, count), in rows of BLOCK. x'z, |x|^2 and |z|^2 are summed in the
+   same order: where a point is next to a landmark their roundings are nearly the same, and go. next are the points that
+   come next. */
 TARGET static void NAME(gaussians)(const struct attention *t, int what, const struct NAME(landmarks) *y, const float *x,
-                                   float *c, float *less, long count, struct place next)
+                                   float *c, long count, struct place next)
 {
     const long width = PADDED(count);
     float half_x[BLOCK];
-    int careful = *y->far;
+    int careful = y->far;
     for (long r = 0; r < width; r += LANES) {
         vec sum = {0};
         for (long k = 0; k < t->d; k++) sum += *(const vec *)(x + k * BLOCK + r) * *(const vec *)(x + k * BLOCK + r);
         *(vec *)(half_x + r) = sum * 0.5f;
     }
     for (long r = 0; r < width; r++) careful |= !(half_x[r] < FAR);
-    const int near = *y->near && !careful;
-    float *row = c;
-    NAME(product)(t->m, width, t->d, near ? y->step : y->z, PADDED(t->d), 1, x, BLOCK, c, BLOCK, SETS);
-    for (long j = 0; j < t->m; j++, row += BLOCK) {
+    NAME(product)(t->m, width, t->d, y->z, PADDED(t->d), 1, x, BLOCK, c, BLOCK, SETS);
+    for (long j = 0; j < t->m; j++, c += BLOCK) {
         if (what != COTANGENTS) fetch(t, what, next, j, t->m);
-        if (near && y->parent[j] >= 0)
-            NAME(from_parent)(row, less ? less + j * BLOCK : 0, c + y->parent[j] * BLOCK, y->fall[j], width);
-        else if (careful)
+        if (careful)
             for (long r = 0; r < width; r += LANES)
-                *(vec *)(row + r) = NAME(exp)(*(vec *)(row + r) - (*(vec *)(half_x + r) + y->half_z[j]), 1);
+                *(vec *)(c + r) = NAME(exp)(*(vec *)(c + r) - (*(vec *)(half_x + r) + y->half_z[j]), 1);
         else
             for (long r = 0; r < width; r += LANES)
-                *(vec *)(row + r) = NAME(exp)(*(vec *)(row + r) - (*(vec *)(half_x + r) + y->half_z[j]), 0);
-        if (less && near && y->parent[j] < 0) memcpy(less + j * BLOCK, row, sizeof(float) * width);
+                *(vec *)(c + r) = NAME(exp)(*(vec *)(c + r) - (*(vec *)(half_x + r) + y->half_z[j]), 0);
     }
-    if (less && *y->near && careful) NAME(differences)(y, t->m, c, less, width);
+}
+
+/* Sums for the points from first to last of an element with C and all else in double precision, (m, PADDED(e)). (To
+   round a point is to move it a little for all landmarks alike, and harmless; to round a landmark is not.) */
+TARGET static void NAME(wide_pass)(const struct attention *t, long element, long first, long last, double *sums,
+                                   float *room)
+{
+    const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e);
+    const float *at = t->z + element * m * d, *centre = t->centre + element * d;
+    float *x = TAKE(BLOCK * D), *x_t = TAKE(BLOCK * D), *v_room = TAKE(BLOCK * E);
+    double *z = (double *)TAKE(2 * m * D), *half_z = (double *)TAKE(2 * m), *half_x = (double *)TAKE(2 * BLOCK);
+    double *wide_x = (double *)TAKE(2 * BLOCK * D), *c = (double *)TAKE(2 * BLOCK * m);
+    double *v = (double *)TAKE(2 * BLOCK * E), *of_block = (double *)TAKE(2 * m * E);
+    for (long j = 0; j < m; j++) {
+        half_z[j] = 0;
+        for (long k = 0; k < d; k++) {
+            z[j * D + k] = ((double)at[j * d + k] - centre[k]) * t->scale;
+            half_z[j] += 0.5 * z[j * D + k] * z[j * D + k];
+        }
+    }
+    memset(sums, 0, sizeof(double) * m * E);
+    for (long r = first; r < last; r += BLOCK) {
+        const struct place p = place_of(t, element, r, last);
+        const long width = PADDED(p.count);
+        NAME(points)(t, p, x);
+        NAME(transpose)(p.count, D, (struct block){x, D}, x_t);
+        for (long i = 0; i < width; i++) half_x[i] = 0;
+        for (long k = 0; k < d; k++) {
+            NAME(widen)(width, x_t + k * BLOCK, wide_x + k * BLOCK);
+            for (long i = 0; i < width; i++) half_x[i] += 0.5 * wide_x[k * BLOCK + i] * wide_x[k * BLOCK + i];
+        }
+        NAME(wide_product)(m, width, d, z, D, wide_x, BLOCK, c, BLOCK);
+        for (long j = 0; j < m; j++)
+            for (long i = j * BLOCK, k = 0; k < width; i += LANES / 2, k += LANES / 2) {
+                const wide y = *(wide *)(c + i) - (*(wide *)(half_x + k) + half_z[j]);
+                *(wide *)(c + i) = NAME(wide_exp)((wide)((wide_bits)y & ~(y > (wide){0})));
+            }
+        const struct block rows = NAME(read)(&t->summed, p, e, v_room);
+        for (long i = 0; i < p.count; i++) NAME(widen)(E, rows.at + i * rows.stride, v + i * E);
+        NAME(wide_product)(m, E, p.count, c, BLOCK, v, E, of_block, E);
+        for (long k = 0; k < m * E; k++) sums[k] += of_block[k];
+    }
 }
 
 /* w = M b, and w + M(b - P w) as often as there are to be corrections, in padded rows, what is missing being computed in
@@ -252,27 +209,39 @@ TARGET static void NAME(solve)(const struct attention *t, long element, const do
     }
 }
 
-/* C'v in place of sums of differences, and w, both to memory too; or C'v in double precision to memory if that is asked
-   for, and no w. */
-TARGET static void NAME(solution)(const struct attention *t, long element, const struct NAME(landmarks) *y, float *sums,
-                                  float *w, float *to, float *room)
+/* Whether rounding of sigma, of each row for itself by some eps, which are more for landmarks far from their centre, counts
+   in w = M sigma for more than AMPLIFIED eps. */
+TARGET static int NAME(amplifies)(const struct attention *t, long element, const struct NAME(landmarks) *y,
+                                  const double *sigma, const float *w, float *room)
 {
-    const long m = t->m, e = t->e, E = PADDED(e), first = element * m * e;
-    double *wide_sums = (double *)TAKE(2 * m * E);
-    NAME(widen)(m * E, sums, wide_sums);
-    NAME(add_parents)(y, m, wide_sums, E);
-    for (long k = 0; k < m * E; k++) sums[k] = wide_sums[k];
-    NAME(unpad)(m, e, sums, t->sums + first);
-    if (t->wide_sums)
-        for (long j = 0; j < m; j++) memcpy(t->wide_sums + first + j * e, wide_sums + j * E, sizeof(double) * e);
-    else {
-        NAME(solve)(t, element, wide_sums, w, room);
-        NAME(unpad)(m, e, w, to + first);
+    const long m = t->m, E = PADDED(t->e);
+    const float *core = t->core + element * m * m;
+    double *rounded = (double *)TAKE(2 * m), of_error = 0, of_w = 0;
+    for (long j = 0; j < m; j++) {
+        double square = 0;
+        for (long k = j * E; k < (j + 1) * E; k++) square += sigma[k] * sigma[k], of_w += (double)w[k] * w[k];
+        rounded[j] = square * (1 + y->half_z[j] / REACH) * (1 + y->half_z[j] / REACH);
     }
+    for (long i = 0; i < m; i++)
+        for (long j = 0; j < m; j++) of_error += (double)core[i * m + j] * core[i * m + j] * rounded[j];
+    return of_error > (double)AMPLIFIED * AMPLIFIED * of_w;
 }
 
-/* The points from first to last of an element. With c_kept C is left there by SUMS, and found by others; what is summed
-   are differences from parents. */
+/* C'v, as it is in double precision, and w, to memory and in padded rows; and whether the one has to be right to more than
+   rounding. */
+TARGET static int NAME(solution)(const struct attention *t, long element, const struct NAME(landmarks) *y,
+                                 const double *sigma, float *w, float *to, float *room)
+{
+    const long m = t->m, e = t->e, E = PADDED(e), first = element * m * e;
+    float *sums = TAKE(m * E);
+    for (long k = 0; k < m * E; k++) sums[k] = sigma[k];
+    NAME(solve)(t, element, sigma, w, room);
+    NAME(unpad)(m, e, sums, t->sums + first);
+    NAME(unpad)(m, e, w, to + first);
+    return t->checked && NAME(amplifies)(t, element, y, sigma, w, room);
+}
+
+/* The points from first to last of an element. With c_kept C is left there by SUMS, and found by others. */
 TARGET static void NAME(pass)(const struct attention *t, int what, long element, long first, long last,
                               const struct NAME(landmarks) *y, const float *w, const float *s, float *sums,
                               float *c_kept, float *room)
@@ -293,11 +262,13 @@ TARGET static void NAME(pass)(const struct attention *t, int what, long element,
         if (!found || what == COTANGENTS) NAME(points)(t, p, x);
         if (!found) {
             NAME(transpose)(p.count, D, (struct block){x, D}, x_t);
-            NAME(gaussians)(t, what, y, x_t, c, what == SUMS ? h : 0, p.count, next);
+            NAME(gaussians)(t, what, y, x_t, c, p.count, next);
         }
         if (what == SUMS) {
             const struct block v = NAME(gather)(&t->summed, p, e, v_room);
-            NAME(product)(m, E, p.count, *y->near ? h : c, BLOCK, 1, v.at, v.stride, of_block, E, SETS);
+            for (long k = 0; k < p.count; k += FEW)
+                NAME(product)(m, E, LEAST(FEW, p.count - k), c + k, BLOCK, 1, v.at + k * v.stride, v.stride, of_block,
+                              E, k ? ADDS : SETS);
             NAME(accumulate)(m * E, of_block, sums);
         } else if (what == PRODUCT)
             NAME(apply)(&t->out, p, e, m, c, w, SETS, out);
@@ -330,6 +301,7 @@ TARGET static void NAME(landmark_cotangents)(const struct attention *t, long ele
 {
     const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e), S = PADDED(m);
     const float *sigma = t->sigma + element * m * e;
+    const float scale = t->scale;
     float *w_t = TAKE(E * S), *s_t = TAKE(E * S), *g = TAKE(m * S), *sums = TAKE(S);
     for (long j = 0; j < m; j++) {
         sums[j] = 0;
@@ -351,8 +323,23 @@ TARGET static void NAME(landmark_cotangents)(const struct attention *t, long ele
         NAME(product)(m, D, m, g, S, 1, y->z, D, z_bar, D, ADDS);
     }
     for (long j = 0; j < m; j++)
-        for (long k = 0; k < d; k++) z_bar[j * D + k] = t->scale * (z_bar[j * D + k] - sums[j] * y->z[j * D + k]);
+        for (long k = 0; k < d; k++) z_bar[j * D + k] = scale * (z_bar[j * D + k] - sums[j] * y->z[j * D + k]);
     NAME(unpad)(m, d, z_bar, t->z_bar + element * m * d);
+}
+
+/* w for sums over all chunks of an element, and whether it needs them in double precision; or for such, if it does. */
+TARGET static void NAME(one_solution)(const struct attention *t, long element, float *room)
+{
+    const long m = t->m, e = t->e, E = PADDED(e), first = element * m * e;
+    double *sigma = (double *)TAKE(2 * m * E);
+    float *w = TAKE(m * E), *sums = TAKE(m * E);
+    if (t->wide_sums && !t->amplified[element]) return;
+    const struct NAME(landmarks) y = NAME(prepared)(t, element, room);
+    room += of_landmarks(t);
+    NAME(pad)(m, e, t->sums + first, sums);
+    NAME(widen)(m * E, sums, sigma);
+    for (long j = 0; t->wide_sums && j < m; j++) memcpy(sigma + j * E, t->wide_sums + first + j * e, sizeof(double) * e);
+    t->amplified[element] = NAME(solution)(t, element, &y, sigma, w, t->w, room);
 }
 
 /* One item: all of an element, or a chunk of its points. */
@@ -363,24 +350,34 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
     const int whole = is_whole(what);
     const long chunks = chunks_of(t, what), element = item / chunks;
     const long first = item % chunks * CHUNK, last = whole ? t->n : LEAST(first + CHUNK, t->n);
-    float *at = whole ? TAKE(of_landmarks(t)) : t->landmarks + element * of_landmarks(t);
-    const struct NAME(landmarks) y = NAME(landmarks_at)(t, at);
+    if (what == SOLUTION) {
+        NAME(one_solution)(t, element, room);
+        return;
+    }
+    double *wide_sums = (double *)TAKE(2 * m * E);
+    if (what == WIDE_SUMS) {
+        if (!t->amplified[element]) return;
+        NAME(wide_pass)(t, element, first, last, wide_sums, room);
+        for (long j = 0; j < m; j++)
+            memcpy(t->wide_sums + (item * m + j) * e, wide_sums + j * E, sizeof(double) * e);
+        return;
+    }
     float *w = TAKE(m * E), *s = TAKE(m * E), *sums = TAKE(m * W), *w_bar = TAKE(m * E);
     float *c = whole ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
-    if (whole || what == LANDMARKS) NAME(prepare)(t, element, &y, room);
-    if (what == LANDMARKS) return;
+    const struct NAME(landmarks) y = NAME(prepared)(t, element, room);
+    room += of_landmarks(t);
     if (what == PRODUCT || what == COTANGENTS || what == BACKWARD) NAME(pad)(m, e, t->w + element * m * e, w);
     if (what == COTANGENTS) NAME(pad)(m, e, t->sigma_bar + element * m * e, s);
     memset(sums, 0, sizeof(float) * m * W);
-    if (what == SOLUTION) {
-        NAME(pad)(m, e, t->sums + element * m * e, sums);
-        NAME(solution)(t, element, &y, sums, w, t->w, room);
-        return;
-    }
     if (whole) {
+        float *found = what == FORWARD ? w : s, *to = what == FORWARD ? t->w : t->sigma_bar;
         NAME(pass)(t, SUMS, element, first, last, &y, 0, 0, sums, c, room);
-        NAME(solution)(t, element, &y, sums, what == FORWARD ? w : s, what == FORWARD ? t->w : t->sigma_bar, room);
-        memcpy(w_bar, sums, sizeof(float) * m * E);
+        NAME(widen)(m * E, sums, wide_sums);
+        if (NAME(solution)(t, element, &y, wide_sums, found, to, room)) {
+            NAME(wide_pass)(t, element, first, last, wide_sums, room);
+            NAME(solution)(t, element, &y, wide_sums, found, to, room);
+        }
+        for (long k = 0; k < m * E; k++) w_bar[k] = wide_sums[k];
         memset(sums, 0, sizeof(float) * m * W);
         what = what == FORWARD ? PRODUCT : COTANGENTS;
     }

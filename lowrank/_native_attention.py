@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lowrank import _native
 from lowrank._array import Namespace
-from lowrank._attend import applied, inner_cotangent, landmark_cotangents
+from lowrank._attend import inner_cotangent, landmark_cotangents, solved
 from lowrank._formula import CORRECTIONS, Factor
 
 # What is computed of chunks of the points, of whole elements of the batch, and of elements that are in chunks.
-SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD, LANDMARKS, SOLUTION = range(7)
+SUMS, WIDE_SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD, SOLUTION = range(7)
 # Entries of an element's part of C up to which it is kept from the sums to the product, 1 MiB, half of a large second
 # cache; and how many elements there are to be then, if chunks could be shared among more threads.
 WHOLE_ENTRIES, WHOLE_ELEMENTS = 2**18, 8
@@ -45,11 +45,11 @@ class Task(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("heads", "elements", "n", "m", "d", "e")),
-        *((name, ctypes.c_int64) for name in ("transposed_core", "corrections", "of_gram", "differs")),
+        *((name, ctypes.c_int64) for name in ("transposed_core", "corrections", "of_gram", "checked")),
         *((name, Rows) for name in ("q", "summed", "v", "g", "out", "q_bar", "v_bar")),
         *((name, ctypes.c_void_p) for name in ("centre", "z", "core", "system", "sigma")),
-        *((name, ctypes.c_void_p) for name in ("landmarks", "w", "sigma_bar", "sums", "from_q", "z_bar", "wide_sums")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("w", "sigma_bar", "sums", "from_q", "z_bar", "wide_sums", "amplified")),
+        ("scale", ctypes.c_double),
     )
 
 
@@ -79,7 +79,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """X, σ and w, as ``_attend.forward`` has them."""
     call = _Call(q, z, v, centre, scale)
-    call.task.differs = recorded and system is not None
+    call.task.checked = recorded and system is not None
     core = call.inverse(core)
     out = call.writes("out", v)
     call.reads(summed=v)
@@ -88,7 +88,6 @@ def forward(
         sums, weights = call.makes("sums"), call.makes("w")
         call.run(FORWARD)
     else:
-        call.prepares()
         sums, weights = call.solution(core, system, call.by_chunks("sums", SUMS), xp)
         call.packs(w=weights)
         call.run(PRODUCT)
@@ -112,7 +111,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q̄, z̄, v̄, and M̄ or P̄, as ``_attend.backward`` has them."""
     call = _Call(q, z, v, centre, scale)
-    call.task.differs = system is not None
+    call.task.checked = system is not None
     core = call.inverse(core)
     q_bar, v_bar = call.writes("q_bar", q), call.writes("v_bar", v)
     call.reads(summed=g, v=v, g=g)
@@ -124,7 +123,6 @@ def backward(
         call.run(BACKWARD)
         inner = None if of_gram else inner_cotangent(system, w_bar, sigma_bar, sums, weights)
         return q_bar, z_bar, v_bar, inner
-    call.prepares()
     inverse = xp.matrix_transpose(core) if system is None else core
     w_bar, sigma_bar = call.solution(inverse, system, call.by_chunks("sums", SUMS), xp)
     call.packs(w=weights, sigma_bar=sigma_bar)
@@ -177,7 +175,8 @@ class _Call:
 
     def makes(self, name: str, *chunks: int) -> Tensor:
         width = self.task.d if name in ("from_q", "z_bar") else self.task.e
-        out = self.arrays["z"].new_empty(*self.batch, *chunks, self.task.m, width)
+        dtype = torch.float64 if name == "wide_sums" else torch.float32
+        out = self.arrays["z"].new_empty(*self.batch, *chunks, self.task.m, width, dtype=dtype)
         self._points(name, out)
         return out
 
@@ -188,12 +187,6 @@ class _Call:
         self.run(what)
         return out[:, :, 0] if count == 1 else out.sum(2)
 
-    def prepares(self) -> None:
-        """What chunks need of their element's landmarks, once for all."""
-        size = _native.kernels().lowrank_landmarks(ctypes.byref(self.task))
-        self._points("landmarks", self.arrays["z"].new_empty(self.task.elements, size))
-        self.run(LANDMARKS)
-
     def solves(self, core: Tensor, system: Tensor | None, *, transposed: bool = False) -> None:
         self.packs(core=core)
         if system is not None:
@@ -202,20 +195,27 @@ class _Call:
         self.task.transposed_core = transposed
 
     def solution(
-        self, core: Tensor | Factor, system: Tensor | None, differences: Tensor, xp: Namespace
+        self, core: Tensor | Factor, system: Tensor | None, sums: Tensor, xp: Namespace
     ) -> tuple[Tensor, Tensor]:
-        """σ for sums over all chunks, which are differences from those of parents, and w as ``applied`` has it."""
-        self.packs(sums=differences)
-        sums = self.arrays["sums"]
-        if isinstance(core, Factor) or self.task.m > MOST_LANDMARKS:
-            wide = torch.empty_like(sums, dtype=torch.float64)
-            self._points("wide_sums", wide)
-            self.run(SOLUTION)
-            return sums, applied(core, system, wide, xp)
+        """σ and w as ``_attend.solved`` has them, for sums over all chunks."""
+        few = not isinstance(core, Factor) and self.task.m <= MOST_LANDMARKS
+        if not few:
+            z = (self.arrays["z"] - self.arrays["centre"]) * self.task.scale
+            half_z = 0.5 * z.square().sum(-1)[..., None, :]
+            return solved(core, system, sums, half_z, self.exact_sums if self.task.checked else None, xp)
+        self.packs(sums=sums)
         self.solves(core, system)
-        w = self.makes("w")
+        w, amplified = self.makes("w"), sums.new_empty(self.batch, dtype=torch.bool)
+        self._points("amplified", amplified)
         self.run(SOLUTION)
-        return sums, w
+        if bool(amplified.any()):
+            self._points("wide_sums", self.exact_sums(amplified))
+            self.run(SOLUTION)
+        return self.arrays["sums"], w
+
+    def exact_sums(self, amplified: Tensor) -> Tensor:
+        self._points("amplified", amplified)
+        return self.by_chunks("wide_sums", WIDE_SUMS).contiguous()
 
     def run(self, what: int) -> None:
         _native.run("lowrank_attend", self.task, what)

@@ -51,7 +51,7 @@ def inverse(
 ) -> tuple[Tensor, Tensor]:
     """X ≈ (A + ridge·I)⁻¹ for A (..., m, m) by the steps of ``_definite``, their powers (steps, 3), and whether what
     becomes of the rows ``probes`` by X and then A + ridge·I is off by no more than ``most``."""
-    m, x, valid = a.shape[-1], a.new_empty(a.shape), torch.empty(a.shape[:-2], dtype=torch.bool)
+    m, x, valid = a.shape[-1], a.new_empty(a.shape), a.new_empty(a.shape[:-2], dtype=torch.bool)
     task = Task(elements=a.numel() // (m * m), m=m, count=len(powers), probed=len(probes))
     task.ridge, task.scale, task.most = ridge, scale, most
     task.steps, task.probes = powers.ctypes.data, probes.ctypes.data

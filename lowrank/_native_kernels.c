@@ -31,8 +31,12 @@ the results. What is computed is in the headers, X' being the transpose of X. */
 #define LOWEST -69.8f
 /* exp(LOWEST), rounded up. */
 #define FLOOR 4.9e-31f
-/* In lengthscales, of a landmark from another whose row of C its own is made from. */
-#define NEAR 0.5f
+/* Points whose part of a sum is added to it as one: the error of a sum is that of so many terms. */
+#define FEW 32
+/* For how many of its eps rounding of C'v may count in w before that is summed in double precision; and |z|^2/2 of a
+   landmark for which there are twice as many. */
+#define AMPLIFIED 48
+#define REACH 8
 /* Squared norms from which on a difference of two may be no number. */
 #define FAR 1e30f
 /* Of cotangents of Newton's steps, 2^-90. */
@@ -61,10 +65,9 @@ the results. What is computed is in the headers, X' being the transpose of X. */
 #define MOST(a, b) ((a) > (b) ? (a) : (b))
 #define TAKE(size) (room += PADDED(size), room - PADDED(size))
 
-/* Of chunks: C' times what is summed; Cw; v_bar, q_bar and H'x. Of whole elements: C'v, w and Cw; C'g, sigma_bar,
-   those cotangents and z_bar. Of elements in chunks: what is made of landmarks; C'v or C'g, and w, or C'v in double
-   precision if wide_sums is not 0, for sums over all chunks. */
-enum { SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD, LANDMARKS, SOLUTION };
+/* Of chunks: C' times what is summed, and the same in double precision; Cw; v_bar, q_bar and H'x. Of whole elements: C'v,
+   w and Cw; C'g, sigma_bar, those cotangents and z_bar. Of elements in chunks: w for sums over all of them. */
+enum { SUMS, WIDE_SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD, SOLUTION };
 
 /* Rows of an array (batch, heads, n, width) in memory: each is contiguous; strides are in numbers, which are float, or
    bfloat16 if half. */
@@ -75,18 +78,19 @@ struct rows {
 
 /* What is summed is v or g. Arrays that are not rows are packed, with the elements of both batch axes on one: c
    (elements, d), z, the landmarks as they are (elements, m, d), M, transposed or not, and P (elements, m, m), which
-   w is solved for with, w, sigma_bar and sigma = C'v (elements, m, e), sums (elements, chunks, m, e), wide_sums as those of
-   one chunk, H'x (elements, chunks, m, d), z_bar (elements, m, d), and what is made of landmarks (elements, of_landmarks).
-   If it differs, what differs between landmarks nearby is summed in place of C. */
+   w is solved for with, w, sigma_bar and sigma = C'v (elements, m, e), sums (elements, chunks, m, e), wide_sums likewise,
+   H'x (elements, chunks, m, d) and z_bar (elements, m, d). If it is checked what w makes of rounding, amplified
+   (elements) tells of elements in chunks where that is too much, and wide_sums are of those alone. */
 struct attention {
-    int64_t heads, elements, n, m, d, e, transposed_core, corrections, of_gram, differs;
+    int64_t heads, elements, n, m, d, e, transposed_core, corrections, of_gram, checked;
     struct rows q, summed, v, g, out, q_bar, v_bar;
     const float *centre, *z, *core;
     const double *system;
     const float *sigma;
-    float *landmarks, *w, *sigma_bar, *sums, *from_q, *z_bar;
+    float *w, *sigma_bar, *sums, *from_q, *z_bar;
     double *wide_sums;
-    float scale;
+    char *amplified;
+    double scale;
 };
 
 /* The landmarks as they are (elements, m, d), c (elements, d), and s, with z = (landmark - c)s; A, P and M, the inverse
@@ -209,18 +213,20 @@ static int is_whole(int what) { return what == FORWARD || what == BACKWARD; }
 static long chunks_of(const struct attention *t, int what) { return what >= FORWARD ? 1 : (t->n + CHUNK - 1) / CHUNK; }
 
 /* Numbers that are made of the landmarks of an element. */
-static size_t of_landmarks(const struct attention *t) { return 2 * t->m * PADDED(t->d) + 3 * PADDED(t->m) + PADDED(2); }
+static size_t of_landmarks(const struct attention *t) { return t->m * PADDED(t->d) + PADDED(t->m); }
 
 /* How many numbers one thread needs to work: all that NAME(attend) and what it calls take. */
 static size_t room_of(const struct attention *t, int what)
 {
     const size_t m = t->m, D = PADDED(t->d), E = PADDED(t->e), W = MOST(D, E);
     const size_t blocks = is_whole(what) ? (t->n + BLOCK - 1) / BLOCK : 1;
-    const size_t of_solution = what >= FORWARD ? 7 * m * E : 0;
-    const size_t of_cotangents = what == BACKWARD ? (2 * E + m + 1) * PADDED(m) : 0;
-    const size_t of_parents = (D + m) * BLOCK + PADDED(m);
+    const size_t of_element = m * (7 * E + 2 * W) + of_landmarks(t);
     const size_t of_blocks = BLOCK * (2 * D + 4 * E + W + m * (1 + blocks));
-    return of_blocks + m * (5 * E + 2 * W) + of_landmarks(t) + of_solution + of_cotangents + of_parents;
+    const size_t of_wide_pass = BLOCK * (4 * D + 3 * E + 2 * m + 2) + 2 * m * (D + E) + 2 * PADDED(m);
+    const size_t of_solution = 8 * m * E;
+    const size_t of_cotangents = what == BACKWARD ? (2 * E + m + 1) * PADDED(m) : 0;
+    const int widens = what == WIDE_SUMS || (is_whole(what) && t->checked);
+    return of_element + of_solution + of_cotangents + MOST(of_blocks, BLOCK * m * blocks + widens * of_wide_pass);
 }
 
 #if defined(__x86_64__)
@@ -270,8 +276,6 @@ int lowrank_lanes(void)
 }
 
 int lowrank_chunk(void) { return CHUNK; }
-
-long lowrank_landmarks(const struct attention *task) { return of_landmarks(task); }
 
 /* Ask the system for large pages, where it has them, for memory that is new to the process and is to be written to: to
    get it by pages of 4 KB takes as long as what is computed. */

@@ -149,7 +149,10 @@ def _solved(
     """σ = Cᵀv and w, by the kernels."""
     differs = () if near is None else (near.steps.mT, near.falls[..., 0, :])
     summed = _fused_attention.transposed_product(x, y, v, *differs)
-    return _attend.solved(core, system, near, summed, xp)
+    if near is None:
+        return summed, _attend.applied(core, system, summed, xp)
+    sigma = near.sums(summed, xp)
+    return sigma.to(summed.dtype), _attend.applied(core, system, sigma, xp)
 
 
 def gaussian_product(x: Tensor, y: Tensor, v: Tensor) -> Tensor:

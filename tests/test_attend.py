@@ -344,8 +344,8 @@ def test_queries_of_no_tokens_get_nothing():
     assert torch.equal(out, torch.zeros_like(v))
 
 
-def test_differences_are_for_the_way_back_alone(monkeypatch, uncompiled):
-    """Whoever only wants X does not pay for them."""
+def test_what_rounding_counts_for_is_asked_for_the_way_back_alone(monkeypatch, uncompiled):
+    """Whoever only wants X does not pay for it."""
 
     class Asked(Exception):
         pass
@@ -353,7 +353,7 @@ def test_differences_are_for_the_way_back_alone(monkeypatch, uncompiled):
     def asked(*_):
         raise Asked
 
-    monkeypatch.setattr(_attend, "nearby", asked)
+    monkeypatch.setattr(_attend, "_amplifies", asked)
     q, v, z = (x.float() for x in triple())
     softmax_free_attention(q, v, z)
     softmax_free_attention(q.numpy(), v.numpy(), z.numpy())
@@ -364,22 +364,33 @@ def test_differences_are_for_the_way_back_alone(monkeypatch, uncompiled):
             softmax_free_attention(*(y.clone().requires_grad_() if y is x else y for y in (q, v, z)))
 
 
+def test_nothing_is_more_exact_than_double_precision(monkeypatch, uncompiled):
+    monkeypatch.setattr(_attend, "_amplifies", None)
+    q, v, z = (x.requires_grad_() for x in triple())
+    softmax_free_attention(q, v, z).sum().backward()
+
+
 def near_singular(kind):
-    """q, v, landmarks that nearly coincide, in pairs, in clusters or all, but are far from one another else, and a
-    cotangent."""
+    """q, v, landmarks that nearly coincide, in pairs, in clusters or all, or lie on a line or in a plane, less than
+    half a lengthscale apart, but are far from one another else, and a cotangent."""
     sizes = enumerate((500, 500, 500, 49, 49))
     q, v, g, z, step = (points(k, 2, n, 32, spread=1.0, dtype=torch.float32) for k, n in sizes)
+    unit, other = step[:, :1] / step[:, :1].norm(dim=-1, keepdim=True), step[:, 1:2] / 32**0.5
     if kind == "pairs":
         z[:, 24:48] = z[:, :24] + 1e-3 * step[:, :24]
     elif kind == "clusters":
         z = z[:, :7].repeat_interleave(7, 1) + 1e-4 * step
     elif kind == "all":
         z = z[:, :1] + 1e-2 * step
+    elif kind == "line":
+        z = z[:, :1] + (torch.arange(49.0)[:, None] - 24) * unit
+    elif kind == "plane":
+        z = z[:, :1] + (torch.arange(49.0) % 7)[:, None] * unit + (torch.arange(49.0) // 7)[:, None] * other
     return q, v, z, g
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("kind", ["random", "pairs", "clusters", "all"])
+@pytest.mark.parametrize("kind", ["random", "pairs", "clusters", "all", "line", "plane"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"method": "direct"}, {"normalize": True}, {"landmark_mask": True}, {"queries": True}],
@@ -387,7 +398,7 @@ def near_singular(kind):
 )
 @pytest.mark.parametrize("entries", [2**21, 49 * 120], ids=["whole", "in parts"])
 def test_gradients_at_near_singular_landmarks(options, kind, compiled, entries, monkeypatch):
-    """In single precision to 16 eps: what differs between landmarks is right, and the condition of P meets nothing."""
+    """In single precision to 16 eps: where the condition of P would count, sums are of double precision."""
     if not compiled:
         monkeypatch.setattr(_native, "is_built", lambda: False)
     monkeypatch.setattr(_attend, "_CPU_ENTRIES", entries)
@@ -402,6 +413,41 @@ def test_gradients_at_near_singular_landmarks(options, kind, compiled, entries, 
             given["queries"] = leaves[0].flip(1)
         return torch.autograd.grad(softmax_free_attention(*leaves, **given), leaves, g.to(dtype))
 
+    for found, expected in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        assert torch.linalg.norm(found - expected) < 16 * EPS * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("apart", [0.05, 0.2, 0.4, 0.55, 0.7, 0.9, 1.0, 1.2, 2.0])
+@pytest.mark.parametrize("dimension", [1, 2, 3])
+def test_gradients_at_landmarks_on_a_grid(dimension, apart, compiled, monkeypatch):
+    """To 1e-5, from nearly singular to well conditioned, whether sums are formed in double precision or are not."""
+    if not compiled:
+        monkeypatch.setattr(_native, "is_built", lambda: False)
+    q, v, g, first = (points(k, 2, n, 32, spread=1.0, dtype=torch.float32) for k, n in enumerate((500, 500, 500, 1)))
+    sides = torch.linalg.qr(points(4, 2, 32, dimension, spread=1.0, dtype=torch.float32))[0].mT
+    grid = torch.cartesian_prod(*[torch.arange(float({1: 49, 2: 7, 3: 4}[dimension]))] * dimension)
+    z = first + apart * 32**0.25 * (grid.reshape(-1, dimension)[:49] - grid.mean()) @ sides
+
+    def gradients(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, v, z)]
+        return torch.autograd.grad(softmax_free_attention(*leaves), leaves, g.to(dtype))
+
+    for found, expected in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
+
+
+def test_sums_in_double_precision_leave_what_is_kept_of_points(monkeypatch, uncompiled):
+    """Where blocks are several, and all elements' tokens lie between those of others."""
+    monkeypatch.setattr(_attend, "_CPU_ENTRIES", 2 * 3 * 5 * 20)
+    q, v, g = (points(k, 2, 50, 3, 4, spread=1.0, dtype=torch.float32).transpose(1, 2) for k in range(3))
+    z = points(3, 2, 3, 5, 4, spread=1e-2, dtype=torch.float32)
+
+    def gradients(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, v, z)]
+        return torch.autograd.grad(softmax_free_attention(*leaves), leaves, g.to(dtype))
+
+    monkeypatch.setattr(_attend, "AMPLIFIED", 0.0)
     for found, expected in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
         assert torch.linalg.norm(found - expected) < 16 * EPS * torch.linalg.norm(expected)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank import _native, _native_attention, _native_core, _native_mlp, _native_newton, _nearby
+from lowrank import _attend, _native, _native_attention, _native_core, _native_mlp, _native_newton
 
 STRUCTURES = {
     "rows": _native_attention.Rows,
@@ -25,9 +25,10 @@ def test_structures_have_the_same_fields_in_the_same_order(name):
     assert declared == [name for name, _ in STRUCTURES[name]._fields_]
 
 
-def test_the_same_landmarks_are_near():
+@pytest.mark.parametrize("name", ["FEW", "AMPLIFIED", "REACH"])
+def test_sums_are_the_same(name):
     text = Path(_native.__file__).with_name("_native_kernels.c").read_text()
-    assert f"#define NEAR {_nearby.NEAR}f\n" in text
+    assert f"#define {name} {getattr(_attend, name)}\n" in text
 
 
 @pytest.mark.parametrize("name", ["PANEL", "BLOCK"])
