@@ -60,9 +60,14 @@ _CPU_BLOCKS, _GPU_BLOCKS = 2, 1
 # many leave a fifth more of it, and half as many no less.
 FEW = 32
 # For how many of its eps rounding of σ may count in w before σ is summed in double precision. The error that is left in
-# z̄ is 1 to 2 times that, in some hundred sets of landmarks: 1e-5 in float32. And s²‖z‖²/2 of a landmark for which
-# there are twice as many eps, for the exponents are as large.
-AMPLIFIED, REACH = 48, 8
+# z̄ was at most 1.5 times that in hundreds of sets of landmarks with about as much, 1e-5 in float32; and 3 times where
+# the derivative of P is not taken with that of C, so that what is left of the two is less than either: then half. And
+# s²‖z‖²/2 of a landmark for which there are twice as many eps, for the exponents are as large.
+AMPLIFIED, REACH = 56, 8
+
+
+def most_amplified(*, of_gram: bool) -> int:
+    return AMPLIFIED if of_gram else AMPLIFIED // 2
 
 
 def applied(core: Array | Factor, system: Array | None, sigma: Array, xp: Namespace) -> Array:
@@ -138,11 +143,12 @@ def forward(
     scale: float,
     xp: Namespace,
     *,
-    recorded: bool = True,
+    most: int = AMPLIFIED,
 ) -> tuple[Array, Array, Array]:
     """X, σ and w for arrays of four axes and one batch shape (B, H); X is of the dtype of v.
 
-    Where no way back is ``recorded``, sums are never formed in double precision: X is nearly as right without.
+    ``most`` is for how many of its eps rounding of σ may count in w, or 0 where there is no way back: X is nearly as
+    right whatever it is.
     """
     out = xp.empty_like(v)  # with the strides of v
     memory, plan, found = _Memory(centre, xp), _planned(q, z), []
@@ -154,8 +160,8 @@ def forward(
         sigma: Any = None
         for rows in blocks:
             sigma = _summed(sigma, block.at(rows), v_at(rows), xp)
-        exact = block.exact_sums(v_at) if recorded and system is not None else None
-        sigma, w = solved(core_, system_, sigma, block.half_z, exact, xp)
+        exact = block.exact_sums(v_at) if most and system is not None else None
+        sigma, w = solved(core_, system_, sigma, block.half_z, exact, most, xp)
         for rows in reversed(blocks):
             _put_product(out, group, rows, block.at(rows), w, "x0", memory, xp)
         found.append((sigma, w))
@@ -180,6 +186,7 @@ def backward(
 ) -> tuple[Array, Array, Array, Array | None]:
     """q̄, z̄, v̄, and M̄ or, where P is given, P̄, for the cotangent g of X; with P̄ in z̄, and None, if ``of_gram``."""
     q_bar, v_bar, s2 = xp.empty_like(q), xp.empty_like(v), scale * scale
+    most = most_amplified(of_gram=of_gram)
     memory, plan, found = _Memory(centre, xp), _planned(q, z), []
     room = memory.take("c", plan.room)
     for group, blocks in plan.groups:
@@ -193,7 +200,7 @@ def backward(
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
         inverse = xp.matrix_transpose(core_) if system_ is None else core_
         exact = None if system is None else block.exact_sums(g_at)
-        w_bar, sigma_bar = solved(inverse, system_, w_bar, block.half_z, exact, xp)
+        w_bar, sigma_bar = solved(inverse, system_, w_bar, block.half_z, exact, most, xp)
         w_t, sigma_bar_t, from_q = transposed_copy(w, xp), transposed_copy(sigma_bar, xp), None
         for rows in reversed(blocks):
             x = _room(q_bar, group, rows, block.name_of_points(rows), memory, xp)
@@ -219,17 +226,19 @@ def solved(
     sums: Array,
     half_z: Array,
     exact: Callable[[Array], Array] | None,
+    most: int,
     xp: Namespace,
 ) -> tuple[Array, Array]:
-    """σ and w for sums over C; and where rounding of the sums counts for too much in w, and ``exact`` is given, for
-    what that makes of the elements of the batch where it does: sums in double precision, and anything of the others.
+    """σ and w for sums over C; and where rounding of the sums counts in w for more than ``most`` eps, and ``exact`` is
+    given, for what that makes of the elements of the batch where it does: sums in double precision, and anything of
+    the others.
 
     ``half_z`` are s²‖z‖²/2, or their negatives, (..., 1, m).
     """
     w = applied(core, system, sums, xp)
     if exact is None:
         return sums, w
-    amplified = _amplifies(core, sums, half_z, w, xp)
+    amplified = _amplification(core, sums, half_z, w, xp) > most
     if not bool(xp.any(amplified)):
         return sums, w
     wide, amplified = exact(amplified), amplified[..., None, None]
@@ -237,13 +246,12 @@ def solved(
     return xp.where(amplified, xp.astype(wide, sums.dtype), sums), w
 
 
-def _amplifies(core: Array | Factor, sums: Array, half_z: Array, w: Array, xp: Namespace) -> Array:
-    """Of each element of the batch, whether rounding of σ, of each row for itself by some eps, counts in w = Mσ for
-    more than ``AMPLIFIED`` eps."""
+def _amplification(core: Array | Factor, sums: Array, half_z: Array, w: Array, xp: Namespace) -> Array:
+    """For how many of its eps rounding of σ, of each row for itself, counts in w = Mσ, of each element of the batch;
+    NaN where all is 0."""
     core = core @ identity(core.lower, xp) if isinstance(core, Factor) else core
     rounded = xp.linalg.vector_norm(sums, axis=-1) * (1 + xp.abs(half_z[..., 0, :]) / REACH)
-    error = core * rounded[..., None, :]
-    return xp.linalg.matrix_norm(error) > AMPLIFIED * xp.linalg.matrix_norm(w)
+    return xp.linalg.matrix_norm(core * rounded[..., None, :]) / xp.linalg.matrix_norm(w)
 
 
 class _Plan(NamedTuple):

@@ -210,7 +210,7 @@ TARGET static void NAME(solve)(const struct attention *t, long element, const do
 }
 
 /* Whether rounding of sigma, of each row for itself by some eps, which are more for landmarks far from their centre, counts
-   in w = M sigma for more than AMPLIFIED eps. */
+   in w = M sigma for more than so many as it may. */
 TARGET static int NAME(amplifies)(const struct attention *t, long element, const struct NAME(landmarks) *y,
                                   const double *sigma, const float *w, float *room)
 {
@@ -224,7 +224,7 @@ TARGET static int NAME(amplifies)(const struct attention *t, long element, const
     }
     for (long i = 0; i < m; i++)
         for (long j = 0; j < m; j++) of_error += (double)core[i * m + j] * core[i * m + j] * rounded[j];
-    return of_error > (double)AMPLIFIED * AMPLIFIED * of_w;
+    return of_error > (double)t->most * t->most * of_w;
 }
 
 /* C'v, as it is in double precision, and w, to memory and in padded rows; and whether the one has to be right to more than
@@ -238,12 +238,12 @@ TARGET static int NAME(solution)(const struct attention *t, long element, const 
     NAME(solve)(t, element, sigma, w, room);
     NAME(unpad)(m, e, sums, t->sums + first);
     NAME(unpad)(m, e, w, to + first);
-    return t->checked && NAME(amplifies)(t, element, y, sigma, w, room);
+    return t->most && NAME(amplifies)(t, element, y, sigma, w, room);
 }
 
 /* The points from first to last of an element. With c_kept C is left there by SUMS, and found by others. */
 TARGET static void NAME(pass)(const struct attention *t, int what, long element, long first, long last,
-                              const struct NAME(landmarks) *y, const float *w, const float *s, float *sums,
+                              const struct NAME(landmarks) *y, const float *w, const float *s, double *sums,
                               float *c_kept, float *room)
 {
     const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e);
@@ -354,37 +354,37 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
         NAME(one_solution)(t, element, room);
         return;
     }
-    double *wide_sums = (double *)TAKE(2 * m * E);
+    double *sums = (double *)TAKE(2 * m * W);
+    float *rounded = TAKE(m * W);
     if (what == WIDE_SUMS) {
         if (!t->amplified[element]) return;
-        NAME(wide_pass)(t, element, first, last, wide_sums, room);
-        for (long j = 0; j < m; j++)
-            memcpy(t->wide_sums + (item * m + j) * e, wide_sums + j * E, sizeof(double) * e);
+        NAME(wide_pass)(t, element, first, last, sums, room);
+        for (long j = 0; j < m; j++) memcpy(t->wide_sums + (item * m + j) * e, sums + j * E, sizeof(double) * e);
         return;
     }
-    float *w = TAKE(m * E), *s = TAKE(m * E), *sums = TAKE(m * W), *w_bar = TAKE(m * E);
+    float *w = TAKE(m * E), *s = TAKE(m * E), *w_bar = TAKE(m * E);
     float *c = whole ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
     const struct NAME(landmarks) y = NAME(prepared)(t, element, room);
     room += of_landmarks(t);
     if (what == PRODUCT || what == COTANGENTS || what == BACKWARD) NAME(pad)(m, e, t->w + element * m * e, w);
     if (what == COTANGENTS) NAME(pad)(m, e, t->sigma_bar + element * m * e, s);
-    memset(sums, 0, sizeof(float) * m * W);
+    memset(sums, 0, sizeof(double) * m * W);
     if (whole) {
         float *found = what == FORWARD ? w : s, *to = what == FORWARD ? t->w : t->sigma_bar;
         NAME(pass)(t, SUMS, element, first, last, &y, 0, 0, sums, c, room);
-        NAME(widen)(m * E, sums, wide_sums);
-        if (NAME(solution)(t, element, &y, wide_sums, found, to, room)) {
-            NAME(wide_pass)(t, element, first, last, wide_sums, room);
-            NAME(solution)(t, element, &y, wide_sums, found, to, room);
+        if (NAME(solution)(t, element, &y, sums, found, to, room)) {
+            NAME(wide_pass)(t, element, first, last, sums, room);
+            NAME(solution)(t, element, &y, sums, found, to, room);
         }
-        for (long k = 0; k < m * E; k++) w_bar[k] = wide_sums[k];
-        memset(sums, 0, sizeof(float) * m * W);
+        for (long k = 0; k < m * E; k++) w_bar[k] = sums[k];
+        memset(sums, 0, sizeof(double) * m * W);
         what = what == FORWARD ? PRODUCT : COTANGENTS;
     }
     NAME(pass)(t, what, element, first, last, &y, w, s, sums, c, room);
-    if (what == SUMS) NAME(unpad)(m, e, sums, t->sums + item * m * e);
+    for (long k = 0; k < m * W; k++) rounded[k] = sums[k];
+    if (what == SUMS) NAME(unpad)(m, e, rounded, t->sums + item * m * e);
     if (whole && what == COTANGENTS)
-        NAME(landmark_cotangents)(t, element, &y, w_bar, w, s, sums, room);
+        NAME(landmark_cotangents)(t, element, &y, w_bar, w, s, rounded, room);
     else if (what == COTANGENTS)
-        NAME(unpad)(m, d, sums, t->from_q + item * m * d);
+        NAME(unpad)(m, d, rounded, t->from_q + item * m * d);
 }

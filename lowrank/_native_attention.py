@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank import _native
 from lowrank._array import Namespace
-from lowrank._attend import inner_cotangent, landmark_cotangents, solved
+from lowrank._attend import AMPLIFIED, inner_cotangent, landmark_cotangents, most_amplified, solved
 from lowrank._formula import CORRECTIONS, Factor
 
 # What is computed of chunks of the points, of whole elements of the batch, and of elements that are in chunks.
@@ -45,7 +45,7 @@ class Task(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("heads", "elements", "n", "m", "d", "e")),
-        *((name, ctypes.c_int64) for name in ("transposed_core", "corrections", "of_gram", "checked")),
+        *((name, ctypes.c_int64) for name in ("transposed_core", "corrections", "of_gram", "most")),
         *((name, Rows) for name in ("q", "summed", "v", "g", "out", "q_bar", "v_bar")),
         *((name, ctypes.c_void_p) for name in ("centre", "z", "core", "system", "sigma")),
         *((name, ctypes.c_void_p) for name in ("w", "sigma_bar", "sums", "from_q", "z_bar", "wide_sums", "amplified")),
@@ -75,11 +75,11 @@ def forward(
     scale: float,
     xp: Namespace,
     *,
-    recorded: bool = True,
+    most: int = AMPLIFIED,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """X, σ and w, as ``_attend.forward`` has them."""
     call = _Call(q, z, v, centre, scale)
-    call.task.checked = recorded and system is not None
+    call.task.most = 0 if system is None else most
     core = call.inverse(core)
     out = call.writes("out", v)
     call.reads(summed=v)
@@ -111,7 +111,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q̄, z̄, v̄, and M̄ or P̄, as ``_attend.backward`` has them."""
     call = _Call(q, z, v, centre, scale)
-    call.task.checked = system is not None
+    call.task.most = 0 if system is None else most_amplified(of_gram=of_gram)
     core = call.inverse(core)
     q_bar, v_bar = call.writes("q_bar", q), call.writes("v_bar", v)
     call.reads(summed=g, v=v, g=g)
@@ -202,7 +202,8 @@ class _Call:
         if not few:
             z = (self.arrays["z"] - self.arrays["centre"]) * self.task.scale
             half_z = 0.5 * z.square().sum(-1)[..., None, :]
-            return solved(core, system, sums, half_z, self.exact_sums if self.task.checked else None, xp)
+            exact = self.exact_sums if self.task.most else None
+            return solved(core, system, sums, half_z, exact, self.task.most, xp)
         self.packs(sums=sums)
         self.solves(core, system)
         w, amplified = self.makes("w"), sums.new_empty(self.batch, dtype=torch.bool)

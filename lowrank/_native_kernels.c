@@ -33,9 +33,7 @@ the results. What is computed is in the headers, X' being the transpose of X. */
 #define FLOOR 4.9e-31f
 /* Points whose part of a sum is added to it as one: the error of a sum is that of so many terms. */
 #define FEW 32
-/* For how many of its eps rounding of C'v may count in w before that is summed in double precision; and |z|^2/2 of a
-   landmark for which there are twice as many. */
-#define AMPLIFIED 48
+/* |z|^2/2 of a landmark in whose row of C'v rounding is twice as much as near the centre. */
 #define REACH 8
 /* Squared norms from which on a difference of two may be no number. */
 #define FAR 1e30f
@@ -79,10 +77,11 @@ struct rows {
 /* What is summed is v or g. Arrays that are not rows are packed, with the elements of both batch axes on one: c
    (elements, d), z, the landmarks as they are (elements, m, d), M, transposed or not, and P (elements, m, m), which
    w is solved for with, w, sigma_bar and sigma = C'v (elements, m, e), sums (elements, chunks, m, e), wide_sums likewise,
-   H'x (elements, chunks, m, d) and z_bar (elements, m, d). If it is checked what w makes of rounding, amplified
-   (elements) tells of elements in chunks where that is too much, and wide_sums are of those alone. */
+   H'x (elements, chunks, m, d) and z_bar (elements, m, d). Where rounding of C'v would count in w for more than most of
+   its eps, if that is not 0, C'v is summed in double precision; amplified (elements) tells of elements in chunks for
+   which that is so, and wide_sums are of these alone. */
 struct attention {
-    int64_t heads, elements, n, m, d, e, transposed_core, corrections, of_gram, checked;
+    int64_t heads, elements, n, m, d, e, transposed_core, corrections, of_gram, most;
     struct rows q, summed, v, g, out, q_bar, v_bar;
     const float *centre, *z, *core;
     const double *system;
@@ -220,12 +219,12 @@ static size_t room_of(const struct attention *t, int what)
 {
     const size_t m = t->m, D = PADDED(t->d), E = PADDED(t->e), W = MOST(D, E);
     const size_t blocks = is_whole(what) ? (t->n + BLOCK - 1) / BLOCK : 1;
-    const size_t of_element = m * (7 * E + 2 * W) + of_landmarks(t);
+    const size_t of_element = m * (7 * E + 4 * W) + of_landmarks(t);
     const size_t of_blocks = BLOCK * (2 * D + 4 * E + W + m * (1 + blocks));
     const size_t of_wide_pass = BLOCK * (4 * D + 3 * E + 2 * m + 2) + 2 * m * (D + E) + 2 * PADDED(m);
     const size_t of_solution = 8 * m * E;
     const size_t of_cotangents = what == BACKWARD ? (2 * E + m + 1) * PADDED(m) : 0;
-    const int widens = what == WIDE_SUMS || (is_whole(what) && t->checked);
+    const int widens = what == WIDE_SUMS || (is_whole(what) && t->most);
     return of_element + of_solution + of_cotangents + MOST(of_blocks, BLOCK * m * blocks + widens * of_wide_pass);
 }
 

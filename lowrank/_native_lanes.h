@@ -55,25 +55,33 @@ INLINE TARGET void NAME(tile)(int I, int V, long K, const float *A, long si, lon
             }
 }
 
+/* Of M rows as few strips as tiles are tall, as even as they can be: what is done for each, of I rows from i on, I being
+   known to the compiler. */
+#define CASE(rows, what) case rows: { const int I = rows; what; } break;
+#if TALL > 4
+#define CASES_TO_6(what) CASE(5, what) CASE(6, what)
+#else
+#define CASES_TO_6(what)
+#endif
+#if TALL > 6
+#define CASES_TO_12(what) CASE(7, what) CASE(8, what) CASE(9, what) CASE(10, what) CASE(11, what) CASE(12, what)
+#else
+#define CASES_TO_12(what)
+#endif
+#define BY_STRIPS(M, what)                                                                        \
+    for (long strips = ((M) + TALL - 1) / TALL, s = 0, i = 0, tall; s < strips; s++, i += tall) { \
+        tall = ((M) - i + strips - s - 1) / (strips - s);                                         \
+        switch (tall) {                                                                           \
+            CASE(1, what) CASE(2, what) CASE(3, what) CASE(4, what)                               \
+            CASES_TO_6(what) CASES_TO_12(what)                                                    \
+        }                                                                                         \
+    }
+
 /* The same of M rows. */
 INLINE TARGET void NAME(tiles)(long M, int V, long K, const float *A, long si, long sk, const float *B, long sb, float *O,
                                long so, int how)
 {
-    const long strips = (M + TALL - 1) / TALL;
-    for (long s = 0, i = 0, tall; s < strips; s++, i += tall) {
-        tall = (M - i + strips - s - 1) / (strips - s);
-        switch (tall) {
-#define CASE(I) case I: NAME(tile)(I, V, K, A + i * si, si, sk, B, sb, O + i * so, so, how); break;
-            CASE(1) CASE(2) CASE(3) CASE(4)
-#if TALL > 4
-            CASE(5) CASE(6)
-#endif
-#if TALL > 6
-            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-#undef CASE
-        }
-    }
+    BY_STRIPS(M, NAME(tile)(I, V, K, A + i * si, si, sk, B, sb, O + i * so, so, how))
 }
 
 /* The same of N columns, N a multiple of LANES. Of a long sum DEEP terms are taken for all rows, and then the next: what
@@ -168,15 +176,19 @@ TARGET static void NAME(widen)(long n, const float *x, double *out)
         *(wide *)(out + i) = __builtin_convertvector(*(const NAME(part) *)(x + i), wide);
 }
 
-/* AB in double precision: I < 5 rows of A, in rows of sa, and LANES columns. */
+/* AB in double precision: I rows of A, in rows of sa, and LANES columns. */
 INLINE TARGET void NAME(wide_tile)(int I, long K, const double *A, long sa, const double *B, long sb, double *O, long so)
 {
-    wide o[4][2];
+    wide o[TALL][2], b[2];
     UNROLL for (int i = 0; i < I; i++)
         UNROLL for (int v = 0; v < 2; v++) o[i][v] = (wide){0};
-    for (long k = 0; k < K; k++)
-        UNROLL for (int i = 0; i < I; i++)
-            UNROLL for (int v = 0; v < 2; v++) o[i][v] += A[i * sa + k] * *(const wide *)(B + k * sb + v * LANES / 2);
+    for (long k = 0; k < K; k++) {
+        UNROLL for (int v = 0; v < 2; v++) b[v] = *(const wide *)(B + k * sb + v * LANES / 2);
+        UNROLL for (int i = 0; i < I; i++) {
+            const double a = A[i * sa + k];
+            UNROLL for (int v = 0; v < 2; v++) o[i][v] += a * b[v];
+        }
+    }
     UNROLL for (int i = 0; i < I; i++)
         UNROLL for (int v = 0; v < 2; v++) *(wide *)(O + i * so + v * LANES / 2) = o[i][v];
 }
@@ -185,11 +197,8 @@ INLINE TARGET void NAME(wide_tile)(int I, long K, const double *A, long sa, cons
 TARGET static void NAME(wide_product)(long M, long N, long K, const double *A, long sa, const double *B, long sb,
                                       double *O, long so)
 {
-    for (long n = 0; n < N; n += LANES) {
-        long i = 0;
-        for (; i + 4 <= M; i += 4) NAME(wide_tile)(4, K, A + i * sa, sa, B + n, sb, O + i * so + n, so);
-        for (; i < M; i++) NAME(wide_tile)(1, K, A + i * sa, sa, B + n, sb, O + i * so + n, so);
-    }
+    for (long n = 0; n < N; n += LANES)
+        BY_STRIPS(M, NAME(wide_tile)(I, K, A + i * sa, sa, B + n, sb, O + i * so + n, so))
 }
 
 /* The transpose, (N, count) in rows of BLOCK, of rows (count, N), N a multiple of LANES, and 0 up to PADDED(count). */
@@ -246,7 +255,7 @@ TARGET static float NAME(power)(long n, const float *x)
     return largest > 0 && isfinite(largest) ? ldexpf(1, MOST(-120, LEAST(120, exponent))) : 1;
 }
 
-TARGET static void NAME(accumulate)(long n, const float *x, float *sums)
+TARGET static void NAME(accumulate)(long n, const float *x, double *sums)
 {
     for (long i = 0; i < n; i++) sums[i] += x[i];
 }
@@ -266,6 +275,10 @@ TARGET static void NAME(accumulate)(long n, const float *x, float *sums)
 #undef TARGET
 #undef LANES
 #undef TALL
+#undef CASE
+#undef CASES_TO_6
+#undef CASES_TO_12
+#undef BY_STRIPS
 #undef ZIP_LOW
 #undef ZIP_HIGH
 #undef STREAM

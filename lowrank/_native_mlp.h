@@ -120,7 +120,7 @@ TARGET static void NAME(mlp_rows)(const struct mlp *t, long block, long first, l
     }
     for (long j = 0; j < c; j += PANEL)
         NAME(product)(count, PANEL, f, rows, stride, 1, t->w1_columns + j * f, PANEL, x_bar + j, c, SETS);
-    if (t->residual) NAME(accumulate)(count * c, g, x_bar);
+    for (long k = 0; t->residual && k < count * c; k++) x_bar[k] += g[k];
 }
 
 /* The gradients of the weights and biases of a panel of the hidden layer: what the rows of a chunk add to them. */

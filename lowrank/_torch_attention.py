@@ -26,7 +26,7 @@ def attend(*given: Any, ridge: float | None, recorded: bool, of_segments: bool) 
     is ``recorded``: to attach it takes as long as a small product."""
     if recorded:
         return Attention.apply(*given, ridge, of_segments)
-    return _way(*given[:3]).forward(*given, xp, recorded=False)[0]
+    return _way(*given[:3]).forward(*given, xp, most=0)[0]
 
 
 class Attention(torch.autograd.Function):
@@ -49,7 +49,8 @@ class Attention(torch.autograd.Function):
         """Where ``ridge`` is given, P is k(z, z) + ridge·I, a constant, and its derivative is in that of z; where z are
         means of segments of q, a constant as well, that is in the one of q."""
         ctx.way = _way(q, z, v)
-        out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp, recorded=True)
+        most = _attend.most_amplified(of_gram=ridge is not None)
+        out, sums, weights = ctx.way.forward(q, z, v, core, system, centre, scale, xp, most=most)
         ctx.scale, ctx.factored, ctx.ridge, ctx.of_segments = scale, isinstance(core, Factor), ridge, of_segments
         kept = core.lower if isinstance(core, Factor) else core
         ctx.save_for_backward(q, z, v, kept, system, centre, sums, weights)
@@ -108,10 +109,10 @@ class _ByKernels:
         scale: float,
         xp: Namespace,
         *,
-        recorded: bool,
+        most: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, y = (q - centre) * scale, (z - centre) * scale
-        near = nearby(z, centre, scale, xp) if recorded and system is not None else None
+        near = nearby(z, centre, scale, xp) if most and system is not None else None
         sums, weights = _solved(x, y, v.to(x.dtype), core, system, near)
         return _fused_attention.product(x, y, weights).to(v.dtype), sums, weights
 

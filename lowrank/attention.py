@@ -406,7 +406,7 @@ def _attended(
         recorded = any(map(carries_derivative, arrays))
         out = attend(q, z, v, core, system, centre, scale, ridge=ridge, recorded=recorded, of_segments=of_segments)
     else:
-        out, _, _ = _attend.forward(q, z, v, core, system, centre, scale, xp, recorded=False)
+        out, _, _ = _attend.forward(q, z, v, core, system, centre, scale, xp, most=0)
     return out if len(batch) == 2 else xp.reshape(out, (*batch, *out.shape[-2:]))
 
 

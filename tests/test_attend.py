@@ -353,7 +353,7 @@ def test_what_rounding_counts_for_is_asked_for_the_way_back_alone(monkeypatch, u
     def asked(*_):
         raise Asked
 
-    monkeypatch.setattr(_attend, "_amplifies", asked)
+    monkeypatch.setattr(_attend, "_amplification", asked)
     q, v, z = (x.float() for x in triple())
     softmax_free_attention(q, v, z)
     softmax_free_attention(q.numpy(), v.numpy(), z.numpy())
@@ -365,7 +365,7 @@ def test_what_rounding_counts_for_is_asked_for_the_way_back_alone(monkeypatch, u
 
 
 def test_nothing_is_more_exact_than_double_precision(monkeypatch, uncompiled):
-    monkeypatch.setattr(_attend, "_amplifies", None)
+    monkeypatch.setattr(_attend, "_amplification", None)
     q, v, z = (x.requires_grad_() for x in triple())
     softmax_free_attention(q, v, z).sum().backward()
 
@@ -447,7 +447,7 @@ def test_sums_in_double_precision_leave_what_is_kept_of_points(monkeypatch, unco
         leaves = [x.to(dtype).requires_grad_() for x in (q, v, z)]
         return torch.autograd.grad(softmax_free_attention(*leaves), leaves, g.to(dtype))
 
-    monkeypatch.setattr(_attend, "AMPLIFIED", 0.0)
+    monkeypatch.setattr(_attend, "AMPLIFIED", 2)
     for found, expected in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
         assert torch.linalg.norm(found - expected) < 16 * EPS * torch.linalg.norm(expected)
 
