@@ -96,6 +96,13 @@ def number(value: Any) -> float:
         return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
+def fix_sizes(x: Array) -> None:
+    """Have the sizes of matrices be numbers that constants can be made from. Where torch's compiler takes them for
+    symbols, to have one program for many, they are these numbers from here on, and others get programs of their own."""
+    for size in x.shape[-2:]:
+        len(range(size))
+
+
 def is_integer(value: Any) -> bool:
     """Whether value is an integer, of Python or NumPy, and no bool."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -26,7 +26,7 @@ def add_cotangents(x_bar: Any, means_bar: Any, xp: Namespace) -> None:
 def _segments(x: Array, count: int, xp: Namespace) -> list[Array]:
     """Those of each length, (..., segments, points, d), of torch tensors views."""
     *batch, n, d = x.shape
-    short, longer = divmod(n, count)
+    short, longer = n // count, n % count  # and not divmod, which symbols of a traced program have not
     if longer == 0:
         return [xp.reshape(x, (*batch, count, short, d))]
     first, rest = split_rows(x, longer * (short + 1))

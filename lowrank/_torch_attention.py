@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank import _attend, _fused_attention, _native_attention
-from lowrank._array import Namespace, arithmetic, gradients_of, is_traced
+from lowrank._array import Namespace, arithmetic, gradients_of, is_on_cpu, is_traced
 from lowrank._formula import WITHIN, Factor, from_gram, gaussian_gram, plain
 from lowrank._nearby import Nearby, nearby
 from lowrank._segments import add_cotangents, segment_means
@@ -78,13 +78,15 @@ class Attention(torch.autograd.Function):
 
         def formula(q: Tensor, z: Tensor, v: Tensor, core: Any, system: Tensor | None) -> Tensor:
             if ctx.of_segments:
-                z = segment_means(q, z.shape[-2], xp).to(z.dtype)
+                z = segment_means(q, z.shape[-2], xp)
+            dtype = torch.float64 if is_on_cpu(z) else centre.dtype  # as softmax_free_attention has it
+            z, c, core = z.to(dtype), centre.to(dtype), core.to(dtype)
             core = Factor(core) if ctx.factored else core
-            near = None if system is None else nearby(z, centre, ctx.scale, xp, within=WITHIN)
+            near = None if system is None else nearby(z, c, ctx.scale, xp, within=WITHIN)
             if ctx.ridge is None:
-                return plain(q, z, v, core, system, centre, ctx.scale, xp, near=near)
-            a = gaussian_gram((z - centre) * ctx.scale, xp)
-            return from_gram(q, z, v, a, core, near, centre, ctx.scale, ctx.ridge, xp)
+                return plain(q, z, v, core, system, c, ctx.scale, xp, near=near)
+            a = gaussian_gram((z - c) * ctx.scale, xp)
+            return from_gram(q, z, v, a, core, near, c, ctx.scale, ctx.ridge, xp)
 
         return *gradients_of(formula, tuple(inputs), g, ctx.needs_input_grad[:5]), *(None,) * 4
 

@@ -26,9 +26,11 @@ from lowrank._array import (
     carries_derivative,
     check_flag,
     cholesky,
+    fix_sizes,
     identity,
     is_half,
     is_integer,
+    is_on_cpu,
     is_traced,
     is_transformed,
     may_be_differentiated,
@@ -251,12 +253,16 @@ def _by_formula(
     method: str,
     xp: Namespace,
 ) -> Array:
-    """X in operations of the library's own, in no precision above that of z: programs are traced for other devices."""
+    """X in operations of the library's own: of torch tensors on a CPU, if derivatives may be asked for, in double
+    precision, and else in none above that of z."""
+    differentiated = may_be_differentiated(q, z, v)
+    if differentiated and compat.is_torch_array(z) and is_on_cpu(z):
+        q, z, v, centre = (xp.astype(x, xp.float64, copy=False) for x in (q, z, v, centre))
     a, both = _masked_gram(gaussian_gram((z - centre) * scale, xp), landmark_mask, xp)
     core = _approximate_inverse(stop_gradient(a), ridge, method, xp)
     core = core if both is None else xp.where(both, core, xp.zeros_like(core))
     near = None
-    if may_be_differentiated(q, z, v):
+    if differentiated:
         near = nearby(z, centre, scale, xp, within=WITHIN, mask=landmark_mask)
     if near is not None and compat.is_jax_array(z):
         from lowrank._jax_attention import attend
@@ -351,11 +357,12 @@ def _inverse(method: str, inverse: Callable[..., Array] | None) -> Callable[...,
 
 def _approximate_inverse(a: Array, ridge: float, method: str, xp: Namespace) -> Array:
     """What the corrections in ``_attend`` make of it is right to rounding."""
-    # Their error is a power of its error, and no row sum of A exceeds m. (An m that is a symbol of a traced program
-    # bounds nothing.)
-    m, tol = a.shape[-1], float(xp.finfo(a.dtype).eps) ** (1 / (1 + CORRECTIONS))
-    known = {"upper": float(max(1, m)), "tol": tol} if isinstance(m, int) and method == "newton" else {}
-    return _inverse(method, None)(a, hermitian=True, ridge=ridge, **known)
+    if method == "direct":
+        return _inverse(method, None)(a, hermitian=True, ridge=ridge)
+    # Their error is a power of its error, and no row sum of A exceeds m.
+    fix_sizes(a)
+    most, tol = float(max(1, a.shape[-1])), float(xp.finfo(a.dtype).eps) ** (1 / (1 + CORRECTIONS))
+    return _inverse(method, None)(a, hermitian=True, ridge=ridge, upper=most, tol=tol)
 
 
 def _check_inverse(core: Any, a: Array) -> None:

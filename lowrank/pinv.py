@@ -28,6 +28,7 @@ from lowrank._array import (
     check_flag,
     device,
     equal,
+    fix_sizes,
     identity,
     is_followed,
     is_half,
@@ -234,6 +235,8 @@ def pinv_newton(
             if steps is not None:
                 x, work = _textbook(a, steps=steps, alpha=alpha, ridge=ridge, xp=xp)
             else:
+                if method == "newton":
+                    fix_sizes(a)
                 if method == "direct":
                     solve = partial(_direct, rtol=rtol, hermitian=hermitian, ridge=ridge, xp=xp)
                 elif ridge > 0:
