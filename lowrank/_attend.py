@@ -17,7 +17,11 @@ this makes X ten to a hundred times as accurate where landmarks nearly coincide,
 "Accuracy and Stability of Numerical Algorithms", 2002, chapter 12, on iterative refinement). The Cholesky factor of P
 can take the place of M: to solve with it is nearly as accurate, and one correction is enough.
 
-What is left is σ's own error: where landmarks are near one another it is differences that are summed (``_nearby``).
+What is left is σ's own error. Rounding puts eps σⱼ into each row for itself, and M makes of that eps ‖M diag(‖σⱼ‖)‖,
+relative to ‖w‖ a number that can be had once w is there, and is the error of z̄ to a factor of two, from 5e-7 to 3e-3.
+Where it exceeds 1e-5, in float32 and if there is a way back, σ and w̄ are summed again with C and all else in double
+precision, which leaves 1e-6. In the others sums are formed of a few terms at a time, which halves their error.
+
 The formula itself, all of C at once, is in ``_formula``.
 """
 

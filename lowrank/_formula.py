@@ -1,8 +1,9 @@
 """C M (Cᵀ v) with C = exp(−s²‖q − z‖²/2), all of C at once: for every library, any tracer, any number of derivatives.
 
 M inverts P = k(z, z) + δI up to rounding of cond(P)·eps, and w = P⁻¹Cᵀv is solved for by corrections, as in
-``_attend``. Where landmarks are near one another and derivatives are asked for, C is replaced by D = C Lᵀ, the
-differences of its columns (``_nearby``), and P by L P Lᵀ, for
+``_attend``. Where derivatives are asked for, that is in double precision for torch on a CPU. For others, where
+landmarks are near one another, C is replaced by D = C Lᵀ, the differences of its columns (``_nearby``), and P by
+L P Lᵀ, for
 
     C P⁻¹ Cᵀ = D (L P Lᵀ)⁻¹ Dᵀ.
 

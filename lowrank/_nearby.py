@@ -9,15 +9,16 @@ has an earlier one, p, nearby, its parent, is the difference of their rows,
 whose error is small as the difference is, and the σ of the parent is added in double precision. z − p is that of the
 landmarks as they are given, before rounding of anything else, and P is of double precision too (``_wide_points`` in
 ``attention``). In float32 z̄ is then right to 1e-6, where landmarks in pairs, clusters or all together nearly coincide;
-without it, to 1e-4. The kernels for a CPU have the same in C. Without double precision, w is that of the differences
-themselves (``_formula``).
+without it, to 1e-4. So it is by the kernels for a GPU. Without double precision, under JAX, w is that of the
+differences themselves (``_formula``). On a CPU torch has double precision at twice the price, and sums are formed in
+that where it matters (``_attend``).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from lowrank._array import Array, Namespace, device, identity, is_on_cpu, is_traced, stop_gradient, widest_real
+from lowrank._array import Array, Namespace, device, identity, stop_gradient, widest_real
 
 # In lengthscales. Of landmarks farther apart rounding of two rows of C is no larger than of their difference.
 NEAR = 0.5
@@ -57,13 +58,10 @@ class Nearby(NamedTuple):
 def nearby(
     z: Array, centre: Array, scale: float, xp: Namespace, *, within: float = NEAR, mask: Array | None = None
 ) -> Nearby | None:
-    """``what_differs``, but None for double precision; and, unless the program is traced, on a CPU where no landmark
-    has a parent."""
+    """``what_differs``, but None for double precision, which needs none, and where there are no two landmarks."""
     if z.dtype == xp.float64 or z.shape[-2] < 2:
         return None
-    near = what_differs(z, centre, scale, xp, within=within, mask=mask)
-    decides = is_on_cpu(z) and not is_traced(z)
-    return None if decides and not bool(xp.any(near.falls > -xp.inf)) else near
+    return what_differs(z, centre, scale, xp, within=within, mask=mask)
 
 
 def what_differs(z: Array, centre: Array, scale: float, xp: Namespace, *, within: float, mask: Array | None) -> Nearby:

@@ -721,6 +721,22 @@ def test_torch_compiles_the_whole_call(options):
     assert torch.allclose(*gradients, rtol=0, atol=1e-6 * float(gradients[0].abs().max()))
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.parametrize("options", [*COMPILED, RIDGE | {"upper": 4.0, "tol": 1e-2}])
+def test_torch_compiles_it_for_one_size_after_the_other(options):
+    """From the second on its compiler takes sizes for symbols; plans and trial vectors are made from them."""
+    torch._dynamo.reset()  # It compiles no more than eight programs of a line of code.
+
+    def function(a):
+        return pinv_newton(a, **options)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for n in (5, 6, 8):
+        a = torch.tensor(from_spectrum(np.logspace(0, -2, n), n, n)[0])
+        a = torch.stack([a @ a.mT, a.mT @ a])
+        assert torch.allclose(compiled(a), function(a), rtol=0, atol=1e-8 * float(function(a).abs().max()))
+
+
 def test_an_undecided_rank_is_warned_of_where_it_spoils_the_derivative():
     a = torch.tensor(np.diag([1.0, 0.5, 1e-3]), requires_grad=True)
     with pytest.warns(RuntimeWarning, match="the rank is undecided"):
