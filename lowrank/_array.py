@@ -33,7 +33,7 @@ def namespace(**arrays: Array) -> Namespace:
             raise TypeError(f"{name} must be an array, not {type(x).__name__}; convert it first, e.g. numpy.asarray")
         if compat.is_dask_array(x):
             raise TypeError(f"{name} is a Dask array (shape {x.shape}); compute it first, or use lowrank.dask")
-        if compat.is_torch_array(x) and str(x.layout) != "torch.strided":
+        if compat.is_torch_array(x) and not is_dense(x):
             raise TypeError(f"{name} is a sparse tensor, {x.layout} (shape {tuple(x.shape)}); make it dense first")
     (first, x0), *others = arrays.items()
     xp = compat.array_namespace(x0)
@@ -43,7 +43,7 @@ def namespace(**arrays: Array) -> Namespace:
             "convert it to float32 or float64 first"
         )
     for name, x in others:
-        if compat.array_namespace(x) is not xp:
+        if type(x) is not type(x0) and compat.array_namespace(x) is not xp:
             raise TypeError(
                 f"{first} is a {type(x0).__module__} array and {name} a {type(x).__module__} array; "
                 "bring both to one library"
@@ -55,14 +55,21 @@ def namespace(**arrays: Array) -> Namespace:
             )
     if others and not is_traced(*arrays.values()):
         for name, x in others:
-            if compat.device(x) != compat.device(x0):
+            if (of_other := device(x)) != (of_first := device(x0)):
                 raise ValueError(
-                    f"{first} (shape {tuple(x0.shape)}) is on device {compat.device(x0)} and {name} "
-                    f"(shape {tuple(x.shape)}) on {compat.device(x)}; move one of them"
+                    f"{first} (shape {tuple(x0.shape)}) is on device {of_first} and {name} "
+                    f"(shape {tuple(x.shape)}) on {of_other}; move one of them"
                 )
     if compat.is_torch_array(x0) and x0.is_meta:
         raise TypeError(f"{first} (shape {tuple(x0.shape)}) is on the device meta, where tensors hold no values")
     return xp
+
+
+def is_dense(x: Array) -> bool:
+    """Whether a torch tensor has a place in memory for each of its numbers."""
+    import torch
+
+    return x.layout is torch.strided
 
 
 def unwrapped(xp: Namespace) -> Namespace:
@@ -142,12 +149,14 @@ def is_traced(first: Array, *others: Array) -> bool:
 
         if torch.compiler.is_compiling():
             return True
-        functorch = torch._C._functorch
-        for x in map(_unwrapped, (first, *others)):
-            # A vmapped tensor shows a batch of values as one, so that it has no single truth value.
-            if functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x):
+        functorch, arrays = torch._C._functorch, (first, *others)
+        # A vmapped tensor shows a batch of values as one, so that it has no single truth value.
+        if functorch.peek_interpreter_stack() is not None:
+            arrays = tuple(map(_unwrapped, arrays))
+            if any(map(functorch.is_batchedtensor, arrays)):
                 return True
-    elif compat.is_jax_array(first):
+        return any(map(functorch.is_legacy_batchedtensor, arrays))
+    if compat.is_jax_array(first):
         import jax
 
         return any(isinstance(x, jax.core.Tracer) for x in (first, *others))
@@ -192,9 +201,10 @@ def is_transformed(*arrays: Array) -> bool:
         return False
     import torch
 
+    forward = torch.autograd.forward_ad
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in arrays)
+    return forward._current_level >= 0 and any(forward.unpack_dual(x).tangent is not None for x in arrays)
 
 
 def carries_derivative(x: Array) -> bool:
@@ -371,6 +381,8 @@ def sum_in_place(fresh: Array, x: Array) -> Array:
 
 def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
     """NumPy's rule, for sizes that may be symbols of a traced program. Raises ``ValueError``."""
+    if all(shape == shapes[0] for shape in shapes):
+        return shapes[0] if shapes else ()
     rank = max(map(len, shapes), default=0)
     result = []
     for sizes in zip(*((1,) * (rank - len(shape)) + shape for shape in shapes), strict=True):

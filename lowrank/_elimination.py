@@ -51,11 +51,11 @@ _SLACK = 8.0
 def applies(a: Array, *, ridge: float, tol: float | None = None, xp: Namespace) -> bool:
     """Whether A is on a CPU, can be looked at and written beside, 1/ridge does not overflow, and no κ is too large; and
     whether it is faster than what stops at ``tol``."""
-    if is_traced(a) or not writes(a) or not is_on_cpu(a) or ridge < float(xp.finfo(a.dtype).smallest_normal):
+    if is_traced(a) or (tol is not None and math.prod(a.shape) * a.shape[-1] < _FEWEST):
+        return False
+    if not writes(a) or not is_on_cpu(a) or ridge < float(xp.finfo(a.dtype).smallest_normal):
         return False
     n, largest = a.shape[-1], _LARGEST["float32" if real_dtype(a, xp) == xp.float32 else "float64"]
-    if tol is not None and math.prod(a.shape) * n < _FEWEST:
-        return False
     mean = to_host(xp.sum(xp.real(xp.linalg.diagonal(a)) / n, axis=-1))
     with np.errstate(all="ignore"):
         return bool(np.all(n * (mean / ridge + 1) <= largest, where=np.isfinite(mean)))

@@ -171,7 +171,8 @@ class _Call:
 
     def packs(self, **arrays: Tensor) -> None:
         for name, x in arrays.items():
-            self._points(name, x.expand(*self.batch, *x.shape[2:]).resolve_neg().contiguous())
+            x = x if x.shape[:2] == self.batch else x.expand(*self.batch, *x.shape[2:])
+            self._points(name, _native.packed(x))
 
     def makes(self, name: str, *chunks: int) -> Tensor:
         width = self.task.d if name in ("from_q", "z_bar") else self.task.e

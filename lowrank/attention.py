@@ -399,15 +399,14 @@ def _attended(
     if ridge is None and not _is_in_blocks(q, z, v, *arrays[3:]):
         return plain(q, z, v, core, system, centre, scale, xp)
     batch = broadcast_shapes(*(tuple(x.shape[:-2]) for x in arrays))
-    heads = batch[-1] if batch else 1
+    both = (math.prod(batch[:-1]), batch[-1] if batch else 1)
 
     def four_axes(x: Any) -> Any:
-        if x is None:
-            return None
         if isinstance(x, Factor):
             return Factor(four_axes(x.lower))
-        shape = (math.prod(batch[:-1]), heads, *x.shape[-2:])
-        return x if tuple(x.shape) == shape else xp.reshape(xp.broadcast_to(x, (*batch, *x.shape[-2:])), shape)
+        if x is None or tuple(x.shape[:-2]) == both:
+            return x
+        return xp.reshape(xp.broadcast_to(x, (*batch, *x.shape[-2:])), (*both, *x.shape[-2:]))
 
     q, z, v, core, system, centre = map(four_axes, (q, z, v, core, system, centre))
     if compat.is_torch_array(q):
