@@ -53,6 +53,16 @@ class Task(ctypes.Structure):
     )
 
 
+class Segments(ctypes.Structure):
+    """``struct segments``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("heads", "elements", "n", "m", "d")),
+        ("points", Rows),
+        *((name, ctypes.c_void_p) for name in ("z", "centre")),
+    )
+
+
 @functools.cache
 def chunk() -> int:
     """How many points of an element are taken at a time."""
@@ -61,8 +71,24 @@ def chunk() -> int:
 
 def applies(q: Tensor, z: Tensor, v: Tensor) -> bool:
     """Whether they are float32, q and v bfloat16 perhaps, and of not too many features."""
-    known = z.dtype == torch.float32 and all(x.dtype in (torch.float32, torch.bfloat16) for x in (q, v))
-    return known and max(q.shape[-1], v.shape[-1]) <= MOST_FEATURES and _native.serve(q, z, v)
+    return z.dtype == torch.float32 and _native.serve(z) and apply_to(q) and apply_to(v)
+
+
+def apply_to(x: Tensor) -> bool:
+    """Whether tokens are float32 or bfloat16, and of not too many features."""
+    return x.dtype in (torch.float32, torch.bfloat16) and x.shape[-1] <= MOST_FEATURES and _native.serve(x)
+
+
+def means(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Means of ``count`` segments of points (..., n, d), as ``_segments`` has them but in float32 whatever the dtype of
+    the points, and the mean of those, (..., 1, d)."""
+    *batch, n, d = points.shape
+    rows = _rows_of(points.reshape((-1, *points.shape[-3:])) if len(batch) > 2 else points[(None,) * (2 - len(batch))])
+    z, centre = (points.new_empty(*batch, k, d, dtype=torch.float32) for k in (count, 1))
+    task = Segments(heads=rows.shape[1], elements=rows.shape[0] * rows.shape[1], n=n, m=count, d=d)
+    task.points = Rows(rows.data_ptr(), *rows.stride()[:3], rows.dtype == torch.bfloat16)
+    _native.run("lowrank_segments", task, 0, {"z": z, "centre": centre})
+    return z, centre
 
 
 def forward(
@@ -132,6 +158,12 @@ def backward(
     return q_bar, z_bar, v_bar, inner
 
 
+def _rows_of(x: Tensor) -> Tensor:
+    """x with its rows contiguous."""
+    known = (x.stride(-1) == 1 or x.shape[-1] == 1) and not x.is_neg()
+    return x if known else _native.packed(x)
+
+
 class _Call:
     """A task, and the arrays that it points to."""
 
@@ -156,8 +188,7 @@ class _Call:
 
     def reads(self, **arrays: Tensor) -> None:
         for name, x in arrays.items():
-            known = (x.stride(-1) == 1 or x.shape[-1] == 1) and not x.is_neg()
-            self._rows(name, x if known else x.resolve_neg().contiguous())
+            self._rows(name, _rows_of(x))
 
     def writes(self, name: str, like: Tensor) -> Tensor:
         """New memory, with the strides of ``like`` where its rows are contiguous."""

@@ -79,3 +79,29 @@ TARGET static void NAME(cores)(const void *task, int what, long item, float *roo
     if (what == GRAM) NAME(gram)(task, item, room);
     else NAME(invert)(task, item, room);
 }
+
+/* One item: a segment of an element, or an element. Of points FEW are added as floats, and their sums in double precision. */
+TARGET static void NAME(segments)(const void *task, int what, long item, float *room)
+{
+    const struct segments *t = task;
+    const long m = t->m, d = t->d, D = PADDED(d), element = what == MEANS ? item / m : item, j = item % m;
+    double *sums = (double *)TAKE(2 * D);
+    memset(sums, 0, sizeof(double) * D);
+    if (what == CENTRES) {
+        for (long i = element * m * d; i < (element + 1) * m * d; i += d)
+            for (long k = 0; k < d; k++) sums[k] += t->z[i + k];
+        for (long k = 0; k < d; k++) t->centre[element * d + k] = sums[k] / m;
+        return;
+    }
+    const long first = j * (t->n / m) + LEAST(j, t->n % m), last = first + t->n / m + (j < t->n % m);
+    for (long r = first; r < last; r += FEW) {
+        const struct place p = {element / t->heads, element % t->heads, element, r, LEAST(FEW, last - r)};
+        const struct block rows = NAME(read)(&t->points, p, d, room);
+        for (long k = 0; k < D; k += LANES) {
+            vec sum = {0};
+            for (long i = 0; i < p.count; i++) sum += *(const vec *)(rows.at + i * rows.stride + k);
+            for (int i = 0; i < LANES; i++) sums[k + i] += sum[i];
+        }
+    }
+    for (long k = 0; k < d; k++) t->z[item * d + k] = sums[k] / (last - first);
+}

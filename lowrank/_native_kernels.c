@@ -92,6 +92,16 @@ struct attention {
     double scale;
 };
 
+/* Means of segments of points: points (batch, heads, n, d), z (elements, m, d) and, if that is asked for, the mean of these,
+   centre (elements, d). The first n mod m segments have a point more than the others. */
+enum { MEANS, CENTRES };
+
+struct segments {
+    int64_t heads, elements, n, m, d;
+    struct rows points;
+    float *z, *centre;
+};
+
 /* The landmarks as they are (elements, m, d), c (elements, d), and s, with z = (landmark - c)s; A, P and M, the inverse
    (elements, m, m); the steps (count, 3) and the scale of P that they are for; what M is tried with, probes (probed, m),
    what they may be off in all, and whether they are, valid (elements). */
@@ -344,6 +354,17 @@ int lowrank_core(const struct core *t, int what, int lanes, long threads, parall
     const long of_gram = 2 * (d + m + 1) * S + PADDED(2 * m * d), of_inverse = (4 * m + 2 * t->probed) * S;
     struct team team = {BY_LANES(cores, lanes), t, what == GRAM ? of_gram : of_inverse, what, t->elements, 0};
     return run(&team, LEAST(threads, t->elements * m * m * products / GRAIN + 1), together);
+}
+
+/* The means, and then the centres. */
+int lowrank_segments(const struct segments *t, int what, int lanes, long threads, parallel *together)
+{
+    const size_t D = PADDED(t->d);
+    struct team team = {BY_LANES(segments, lanes), t, BLOCK * D + 2 * D, what, t->elements * t->m, 0};
+    const long grains = t->elements * t->n * t->d / GRAIN + 1;
+    if (run(&team, LEAST(threads, grains), together)) return 1;
+    team.what = CENTRES, team.items = t->elements, team.next = 0;
+    return run(&team, 1, together);
 }
 
 /* What the steps lead to, or their cotangents. */

@@ -155,30 +155,24 @@ def softmax_free_attention(
     _check_options(ridge, normalize, method, inverse)
     ridge = float(ridge)
 
-    result_dtype, of_segments = q.dtype, False
-    z: Array = landmarks
-    if is_integer(landmarks):
-        fewer = landmarks < q.shape[-2]
-        z, of_segments = segment_means(q, int(landmarks), xp) if fewer else q, fewer and queries is None
-    if is_half(q):
-        # Tokens are left to those who take them part by part.
-        z = xp.astype(z, xp.float32)
+    result_dtype = q.dtype
     with arithmetic(q):
+        x, v, solves = _only(q, mask, xp), _only(v, mask, xp), inverse is None and ridge > 0
+        alone = solves and queries is None and not normalize
+        z, c, of_segments = _landmarks(landmarks, x, v, landmark_mask, alone, xp)
         scale = 1.0
         if isinstance(ell, float):
             scale = 1 / ell
         else:
-            q, z, queries = (None if x is None else xp.astype(x, z.dtype, copy=False) / ell for x in (q, z, queries))
-        z, x, v = _only(z, landmark_mask, xp), _only(q, mask, xp), _only(v, mask, xp)
-        c = _centre(z, landmark_mask, xp)
+            given, wide = (x, z, c, queries), z.dtype
+            x, z, c, queries = (None if y is None else xp.astype(y, wide, copy=False) / ell for y in given)
         if queries is not None:
             x, v = _with_queries(x, v, queries, xp)
-        solves, in_blocks = inverse is None and ridge > 0, _is_in_blocks(x, z, v)
+        in_blocks = of_segments or _is_in_blocks(x, z, v)
         if solves and not in_blocks:
             out = _by_formula(x, z, v, landmark_mask, c, scale, ridge, normalize, method, xp)
         elif solves and landmark_mask is None and not normalize:
             core, system = _gram_core(stop_gradient(z), c, scale, ridge, method, xp)
-            z = stop_gradient(z) if of_segments else z
             out = _attended(x, z, v, core, system, c, scale, xp, ridge=ridge, of_segments=of_segments)
         else:
             if in_blocks and not carries_derivative(z):  # the kernel's, where there is one
@@ -226,6 +220,34 @@ def _centre(z: Array, landmark_mask: Array | None, xp: Namespace) -> Array:
     if landmark_mask is not None:
         count = xp.clip(xp.sum(xp.astype(landmark_mask, z.dtype), axis=-1), min=1.0)[..., None, None]
     return stop_gradient(xp.sum(z, axis=-2, keepdims=True) / count)
+
+
+def _landmarks(
+    given: Array | int, x: Array, v: Array, mask: Array | None, alone: bool, xp: Namespace
+) -> tuple[Array, Array, bool]:
+    """z, in single precision or better, and the mean of them. And whether they are means of segments of the tokens x
+    that are constants: if ``alone``, and blocks are formed, their derivative is taken with that of the tokens."""
+    if is_integer(given) and given < x.shape[-2]:
+        if alone and _is_in_blocks(x, x, v):
+            return *_means_and_centre(stop_gradient(x), int(given), xp), True
+        z = segment_means(x, int(given), xp)
+    else:
+        z = _only(x if is_integer(given) else given, mask, xp)
+    # Tokens of half precision are left to those who take them part by part.
+    z = xp.astype(z, xp.float32) if is_half(z) else z
+    return z, _centre(z, mask, xp), False
+
+
+def _means_and_centre(x: Array, count: int, xp: Namespace) -> tuple[Array, Array]:
+    """Means of segments, and the mean of these."""
+    if compat.is_torch_array(x):
+        from lowrank import _native_attention
+
+        if _native_attention.apply_to(x):
+            return _native_attention.means(x, count)
+    z = segment_means(x, count, xp)
+    z = xp.astype(z, xp.float32) if is_half(z) else z
+    return z, _centre(z, None, xp)
 
 
 def _with_queries(q: Array, v: Array, queries: Array, xp: Namespace) -> tuple[Array, Array]:

@@ -9,6 +9,7 @@ from lowrank import _attend, _native, _native_attention, _native_core, _native_m
 STRUCTURES = {
     "rows": _native_attention.Rows,
     "attention": _native_attention.Task,
+    "segments": _native_attention.Segments,
     "core": _native_core.Task,
     "newton": _native_newton.Task,
     "mlp": _native_mlp.Task,

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowrank import _attend, _native, _native_attention, softmax_free_attention
 from lowrank import _torch_attention as rule
 from lowrank._formula import Factor
+from lowrank._segments import segment_means
 
 pytestmark = pytest.mark.skipif(not _native.is_built(), reason="no C compiler was found when lowrank was installed")
 EPS = 2.0**-23
@@ -238,6 +239,29 @@ def test_elements_whose_sums_are_right_are_left_alone(width, entries):
 
     for both, one in zip(gradients(q, v, z, g), gradients(q[1:], v[1:], z[1:], g[1:]), strict=True):
         assert torch.equal(both[1:], one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (2, 50, 7), (2, 3, 512, 32), (2, 3, 2, 100, 5), (70_000, 4)])
+def test_means_of_segments(shape, dtype, width):
+    """Rounded once, but for sums of 32 terms; in rows apart from one another, too, and negated without a copy."""
+    x = points(5, *shape).to(dtype)
+    apart = torch.stack([x, x], -2)[..., 0, :]
+    for given in (x, apart, torch.view_as_complex(torch.stack([x.float(), -x.float()], -1)).conj().imag):
+        for count in {1, (shape[-2] + 1) // 2, shape[-2]}:
+            exact = segment_means(given.double(), count, XP)
+            z, centre = _native_attention.means(given, count)
+            assert z.dtype == centre.dtype == torch.float32
+            assert (z - exact).abs().max() <= 8 * EPS * given.abs().max()
+            assert (centre - exact.mean(-2, keepdim=True)).abs().max() <= 8 * EPS * given.abs().max()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_means_do_not_depend_on_threads(threads, monkeypatch):
+    x = points(6, 1, 1, 70_000, 32)
+    found = _native_attention.means(x, 49)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert all(map(torch.equal, found, _native_attention.means(x, 49)))
 
 
 @pytest.mark.parametrize("entries", [0, 2**18], ids=["chunks", "whole"])

@@ -46,7 +46,7 @@ MAY_KNOW = {
     "solve": {"_array", "kernels", "factor"},
     "_nearby": {"_array"},
     "_formula": {"_array", "_nearby", "kernels"},
-    "_attend": {"_array", "kernels", "_nearby", "_formula"},
+    "_attend": {"_array", "kernels", "_formula"},
     "_fused_attention": {"_nearby"},
     "_native_attention": {"_array", "_formula", "_attend", "_native"},
     "_native_mlp": {"_native"},
@@ -61,7 +61,7 @@ MAY_KNOW = {
     },
     "_jax_attention": {"_array", "_nearby", "_formula"},
     "attention": {"_array", "_segments", "kernels", "pinv", "_nearby", "_formula", "_attend", "_native_core"}
-    | {"_torch_attention", "_jax_attention"},
+    | {"_native_attention", "_torch_attention", "_jax_attention"},
     "_depthwise": {"_array"},
     "nn": {"_array", "_formula", "_depthwise", "_torch_attention", "attention"},
     "_kernel_features": {"_array", "kernels", "landmarks", "_core"},

@@ -55,7 +55,8 @@ def gradients(attention, *inputs):
 )
 @pytest.mark.parametrize(("n", "count"), SIZES)
 def test_gradients_are_those_of_means(n, count, options, dtype, entries, compiled, monkeypatch):
-    """But for the order in which two terms of a gradient in q are added, each perhaps rounded before."""
+    """But for the order in which two terms of a gradient in q are added, each perhaps rounded before; and for what the
+    kernels make of the means, which they round otherwise."""
     if not compiled:
         monkeypatch.setattr(_native, "is_built", lambda: False)
     monkeypatch.setattr(_attend, "_CPU_ENTRIES", entries)
@@ -69,7 +70,8 @@ def test_gradients_are_those_of_means(n, count, options, dtype, entries, compile
     expected = gradients(lambda q, v: softmax_free_attention(q, v, means(q, count), **given), *inputs)
     for x, y in zip(found, expected, strict=True):
         assert x.dtype == dtype
-        assert torch.all((x - y).abs() <= 4 * torch.finfo(dtype).eps * y.abs().max())
+        most = 16 if compiled and dtype == torch.float32 and "normalize" not in options else 4
+        assert torch.all((x - y).abs() <= most * torch.finfo(dtype).eps * y.abs().max())
 
 
 def test_gradients_of_an_array_that_is_broadcast():
