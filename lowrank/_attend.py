@@ -163,7 +163,8 @@ def forward(
         block = _Blocks(q[(*group, ...)], z_, c_, centre[(*group, ...)], scale, blocks, room, memory, xp)
         sigma: Any = None
         for rows in blocks:
-            sigma = _summed(sigma, block.at(rows), v_at(rows), xp)
+            c, few = block.at(rows), FEW if most else rows.stop
+            sigma = _summed(sigma, c, v_at(rows), few, xp)
         exact = block.exact_sums(v_at) if most and system is not None else None
         sigma, w = solved(core_, system_, sigma, block.half_z, exact, most, xp)
         for rows in reversed(blocks):
@@ -200,7 +201,7 @@ def backward(
         w_bar: Any = None
         for rows in blocks:
             x = block.points(rows, _room(q_bar, group, rows, block.name_of_points(rows), memory, xp))
-            w_bar = _summed(w_bar, block.at(rows, x), g_at(rows), xp)
+            w_bar = _summed(w_bar, block.at(rows, x), g_at(rows), FEW, xp)
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
         inverse = xp.matrix_transpose(core_) if system_ is None else core_
         exact = None if system is None else block.exact_sums(g_at)
@@ -400,7 +401,7 @@ class _Blocks:
                 c = xp.empty((*x.shape[:2], m), dtype=wide, device=device(x))
                 half_x = xp.sum(x * x, axis=-1, keepdims=True) * -self.half_s2
                 exp_of_negative(product_and_sums(x, z_t, half_x, half_z, c, xp), xp)
-                total = _summed(total, c, xp.astype(v_at(rows), wide), xp)
+                total = _plus(total, xp.matrix_transpose(c), xp.astype(v_at(rows), wide), xp)
             return total
 
         return sums
@@ -484,11 +485,11 @@ def _plus(total: Array | None, a: Array, b: Array, xp: Namespace) -> Array:
     return stacked_product(a, b, xp) if total is None else add_product(total, a, b, xp, out=total)
 
 
-def _summed(total: Array | None, c: Array, v: Array, xp: Namespace) -> Array:
-    """total + Cᵀv, where there is a total, the sum over points formed of sums over ``FEW``."""
+def _summed(total: Array | None, c: Array, v: Array, few: int, xp: Namespace) -> Array:
+    """total + Cᵀv, where there is a total, the sum over points formed of sums over ``few``."""
     (batch, count, m), e = c.shape, v.shape[-1]
-    parts = count // FEW
-    for rows, of_each in ((slice(0, parts * FEW), FEW), (slice(parts * FEW, count), count % FEW)):
+    whole = count // few * few
+    for rows, of_each in ((slice(0, whole), few), (slice(whole, count), count - whole)):
         if rows.start == rows.stop:
             continue
         c_parts, v_parts = (xp.reshape(x[:, rows, :], (-1, of_each, x.shape[-1])) for x in (c, v))

@@ -18,6 +18,7 @@ from lowrank._formula import CORRECTIONS, Factor
 
 # What is computed of chunks of the points, of whole elements of the batch, and of elements that are in chunks.
 SUMS, WIDE_SUMS, PRODUCT, COTANGENTS, FORWARD, BACKWARD, SOLUTION = range(7)
+MEANS = 0
 # Entries of an element's part of C up to which it is kept from the sums to the product, 1 MiB, half of a large second
 # cache; and how many elements there are to be then, if chunks could be shared among more threads.
 WHOLE_ENTRIES, WHOLE_ELEMENTS = 2**18, 8
@@ -87,7 +88,7 @@ def means(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
     z, centre = (points.new_empty(*batch, k, d, dtype=torch.float32) for k in (count, 1))
     task = Segments(heads=rows.shape[1], elements=rows.shape[0] * rows.shape[1], n=n, m=count, d=d)
     task.points = Rows(rows.data_ptr(), *rows.stride()[:3], rows.dtype == torch.bfloat16)
-    _native.run("lowrank_segments", task, 0, {"z": z, "centre": centre})
+    _native.run("lowrank_segments", task, MEANS, {"z": z, "centre": centre})
     return z, centre
 
 

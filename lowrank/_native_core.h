@@ -1,5 +1,5 @@
-/* Of landmarks z, in units of the lengthscale and near the origin, A = k(z, z) and P = A + ridge I; and M, an approximate
-inverse of P by the steps of _definite.py, whose formulas these are. */
+/* Of landmarks z, in units of the lengthscale and near the origin, A = k(z, z) and P = A + ridge I; M, an approximate
+inverse of P by the steps of _definite.py, whose formulas these are; and landmarks that are means of points. */
 
 /* E and X for the scaled P: X <- c0 X + (c1 E + c2 E^2)X with E = XP. */
 TARGET static void NAME(step)(long m, const float *c, const float *p, float *x, float *e, float *g)
@@ -80,11 +80,11 @@ TARGET static void NAME(cores)(const void *task, int what, long item, float *roo
     else NAME(invert)(task, item, room);
 }
 
-/* One item: a segment of an element, or an element. Of points FEW are added as floats, and their sums in double precision. */
+/* One item: a segment of an element, or an element. FEW points are added as floats, and such sums in double precision. */
 TARGET static void NAME(segments)(const void *task, int what, long item, float *room)
 {
     const struct segments *t = task;
-    const long m = t->m, d = t->d, D = PADDED(d), element = what == MEANS ? item / m : item, j = item % m;
+    const long m = t->m, d = t->d, D = PADDED(d), element = item % t->elements, j = item / t->elements;
     double *sums = (double *)TAKE(2 * D);
     memset(sums, 0, sizeof(double) * D);
     if (what == CENTRES) {
@@ -103,5 +103,5 @@ TARGET static void NAME(segments)(const void *task, int what, long item, float *
             for (int i = 0; i < LANES; i++) sums[k + i] += sum[i];
         }
     }
-    for (long k = 0; k < d; k++) t->z[item * d + k] = sums[k] / (last - first);
+    for (long k = 0; k < d; k++) t->z[(element * m + j) * d + k] = sums[k] / (last - first);
 }

@@ -29,8 +29,6 @@ the results. What is computed is in the headers, X' being the transpose of X. */
 #define GRAIN (1 << 19)
 /* Of exponents: what is below is taken for 0, as processors are slow with products below the smallest normal number. */
 #define LOWEST -69.8f
-/* exp(LOWEST), rounded up. */
-#define FLOOR 4.9e-31f
 /* Points whose part of a sum is added to it as one: the error of a sum is that of so many terms. */
 #define FEW 32
 /* |z|^2/2 of a landmark in whose row of C'v rounding is twice as much as near the centre. */
@@ -92,8 +90,8 @@ struct attention {
     double scale;
 };
 
-/* Means of segments of points: points (batch, heads, n, d), z (elements, m, d) and, if that is asked for, the mean of these,
-   centre (elements, d). The first n mod m segments have a point more than the others. */
+/* Means of segments of points (batch, heads, n, d), of which the first n mod m have a point more than the others: z
+   (elements, m, d), and the mean of these, centre (elements, d). */
 enum { MEANS, CENTRES };
 
 struct segments {
@@ -360,7 +358,7 @@ int lowrank_core(const struct core *t, int what, int lanes, long threads, parall
 int lowrank_segments(const struct segments *t, int what, int lanes, long threads, parallel *together)
 {
     const size_t D = PADDED(t->d);
-    struct team team = {BY_LANES(segments, lanes), t, BLOCK * D + 2 * D, what, t->elements * t->m, 0};
+    struct team team = {BY_LANES(segments, lanes), t, FEW * D + 2 * D, what, t->elements * t->m, 0};
     const long grains = t->elements * t->n * t->d / GRAIN + 1;
     if (run(&team, LEAST(threads, grains), together)) return 1;
     team.what = CENTRES, team.items = t->elements, team.next = 0;

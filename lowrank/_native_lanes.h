@@ -104,13 +104,8 @@ TARGET static void NAME(product)(long M, long N, long K, const float *A, long si
     }
 }
 
-/* exp(y) = 2^n exp(r), |r| <= log(2)/2, for |y| <= -LOWEST: (exp(r) - 1)/r to 2e-9, by weighted least squares, and n
-   beside it in the lowest bits of a float. */
-struct NAME(parts_of_exp) {
-    vec r, p, shifted;
-};
-
-INLINE TARGET struct NAME(parts_of_exp) NAME(exp_parts)(vec y)
+/* exp(y) = 2^n exp(r), |r| <= log(2)/2, for |y| <= -LOWEST: (exp(r) - 1)/r to 2e-9, by weighted least squares. */
+INLINE TARGET vec NAME(exp_of)(vec y)
 {
     const vec shifted = y * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the lowest bits are the integer nearest to y/log 2 */
     const vec n = shifted - 12582912.0f, r = y - n * 0.693359375f - n * -2.12194440e-4f;
@@ -120,21 +115,7 @@ INLINE TARGET struct NAME(parts_of_exp) NAME(exp_parts)(vec y)
     p = p * r + 1.6666431262e-01f;
     p = p * r + 4.9999994210e-01f;
     p = p * r + 1.0000000322e+00f;
-    return (struct NAME(parts_of_exp)){r, p, shifted};
-}
-
-INLINE TARGET vec NAME(exp_of)(vec y)
-{
-    const struct NAME(parts_of_exp) e = NAME(exp_parts)(y);
-    return (vec)((ubits)(e.p * e.r + 1.0f) + ((ubits)e.shifted << 23));
-}
-
-/* exp(y) - 1, small as y is. */
-INLINE TARGET vec NAME(expm1_of)(vec y)
-{
-    const struct NAME(parts_of_exp) e = NAME(exp_parts)(y);
-    const vec power = (vec)(((ubits)e.shifted << 23) + 0x3f800000);
-    return power * (e.r * e.p) + (power - 1.0f);
+    return (vec)((ubits)(p * r + 1.0f) + ((ubits)shifted << 23));
 }
 
 /* exp(y) to 1e-12, or 0 below LOWEST, for y <= 0; what is no number stays so. */
