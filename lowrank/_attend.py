@@ -74,6 +74,11 @@ def most_amplified(*, of_gram: bool) -> int:
     return AMPLIFIED if of_gram else AMPLIFIED // 2
 
 
+def is_checked(system: Array | None, z: Array, xp: Namespace) -> bool:
+    """Whether w solves for P, and there is a precision above that of z."""
+    return system is not None and z.dtype != widest_real(z, xp)
+
+
 def applied(core: Array | Factor, system: Array | None, sigma: Array, xp: Namespace) -> Array:
     """w = Mσ, or, with P, the solution of P w = σ that M leads to, in the values and not in the derivative.
 
@@ -160,12 +165,14 @@ def forward(
     for group, blocks in plan.groups:
         z_, core_, system_, c_ = (_flat(x, group, xp) for x in (z, core, system, centre))
         v_at = _together(v, group, blocks, "v", memory, xp)
-        block = _Blocks(q[(*group, ...)], z_, c_, centre[(*group, ...)], scale, blocks, room, memory, xp)
+        block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, room, memory, xp)
         sigma: Any = None
         for rows in blocks:
             c, few = block.at(rows), FEW if most else rows.stop
             sigma = _summed(sigma, c, v_at(rows), few, xp)
-        exact = block.exact_sums(v_at) if most and system is not None else None
+        exact = None
+        if most and is_checked(system, z, xp):
+            exact = functools.partial(_exact_sums, q, z_, v_at, c_, scale, group, blocks, memory, xp)
         sigma, w = solved(core_, system_, sigma, block.half_z, exact, most, xp)
         for rows in reversed(blocks):
             _put_product(out, group, rows, block.at(rows), w, "x0", memory, xp)
@@ -197,14 +204,16 @@ def backward(
     for group, blocks in plan.groups:
         z_, core_, system_, c_, sigma, w = (_flat(x, group, xp) for x in (z, core, system, centre, sums, weights))
         v_at, g_at = (_together(x, group, blocks, name, memory, xp) for x, name in ((v, "v"), (g, "g")))
-        block = _Blocks(q[(*group, ...)], z_, c_, centre[(*group, ...)], scale, blocks, room, memory, xp)
+        block = _Blocks(q[(*group, ...)], z_ - c_, centre[(*group, ...)], scale, blocks, room, memory, xp)
         w_bar: Any = None
         for rows in blocks:
             x = block.points(rows, _room(q_bar, group, rows, block.name_of_points(rows), memory, xp))
             w_bar = _summed(w_bar, block.at(rows, x), g_at(rows), FEW, xp)
         # P is symmetric, and M, which inverts it from the left, serves the way back as well.
         inverse = xp.matrix_transpose(core_) if system_ is None else core_
-        exact = None if system is None else block.exact_sums(g_at)
+        exact = None
+        if is_checked(system, z, xp):
+            exact = functools.partial(_exact_sums, q, z_, g_at, c_, scale, group, blocks, memory, xp)
         w_bar, sigma_bar = solved(inverse, system_, w_bar, block.half_z, exact, most, xp)
         w_t, sigma_bar_t, from_q = transposed_copy(w, xp), transposed_copy(sigma_bar, xp), None
         for rows in reversed(blocks):
@@ -323,14 +332,12 @@ class _Memory:
 
 
 class _Blocks:
-    """Blocks of C for some points of two batch axes, as they lie in memory, and landmarks of one, each with the centre
-    in their shape."""
+    """Blocks of C for some points of two batch axes, as they lie in memory, and landmarks of one, which are centred."""
 
     def __init__(
         self,
         q: Array,
-        landmarks: Array,
-        their_centre: Array,
+        z: Array,
         centre: Array,
         scale: float,
         blocks: list[slice],
@@ -338,17 +345,13 @@ class _Blocks:
         memory: _Memory,
         xp: Namespace,
     ) -> None:
-        self.landmarks = landmarks, their_centre
-        self.q, self.z, self.centre, self.memory, self.xp = q, landmarks - their_centre, centre, memory, xp
+        self.q, self.z, self.centre, self.memory, self.xp = q, z, centre, memory, xp
         self.half_s2 = 0.5 * scale * scale
-        self.blocks, self.rows, self.places = blocks, blocks[0].stop, places
+        self.rows, self.places = blocks[0].stop, places
         self.held: list[slice | None] = [None] * len(places)
         # s²zᵀ and −s²‖z‖²/2, of which C is made.
-        self.z_t, self.half_z = self._of_landmarks(self.z)
-
-    def _of_landmarks(self, z: Array) -> tuple[Array, Array]:
-        squares = self.xp.sum(z * z, axis=-1)[..., None, :]
-        return transposed_copy(z * (2 * self.half_s2), self.xp), squares * -self.half_s2
+        self.z_t = transposed_copy(z * (2 * self.half_s2), xp)
+        self.half_z = xp.sum(z * z, axis=-1)[..., None, :] * -self.half_s2
 
     def holds(self, rows: slice) -> bool:
         """Whether C there, and with it the points, are as they were computed."""
@@ -384,27 +387,40 @@ class _Blocks:
             self.held[place] = rows
         return c
 
-    def exact_sums(self, v_at: Callable[[slice], Array]) -> Callable[[Array], Array] | None:
-        """What gives Cᵀ times values of the points with C and all else in double precision; None in that itself, or
-        where there is none."""
-        xp, (batch, m, d) = self.xp, self.z.shape
-        if self.z.dtype == (wide := widest_real(self.z, xp)):
-            return None
 
-        def sums(_: Array) -> Array:
-            landmarks, centre = (xp.astype(x, wide) for x in self.landmarks)
-            (z_t, half_z), total = self._of_landmarks(landmarks - centre), None
-            for rows in self.blocks:
-                # To round a point is to move it a little for all landmarks alike, and harmless; not so a landmark.
-                x = self.points(rows, self.memory.take("exact", (batch, rows.stop - rows.start, d)))
-                x = xp.astype(x, wide)
-                c = xp.empty((*x.shape[:2], m), dtype=wide, device=device(x))
-                half_x = xp.sum(x * x, axis=-1, keepdims=True) * -self.half_s2
-                exp_of_negative(product_and_sums(x, z_t, half_x, half_z, c, xp), xp)
-                total = _plus(total, xp.matrix_transpose(c), xp.astype(v_at(rows), wide), xp)
-            return total
+def exact_sums(q: Array, z: Array, v: Array, centre: Array, scale: float, xp: Namespace) -> Array:
+    """Cᵀv of arrays of four axes, with C and all else in double precision."""
+    plan, memory, parts = _planned(q, z), _Memory(centre, xp), []
+    for group, blocks in plan.groups:
+        z_, c_ = (_flat(x, group, xp) for x in (z, centre))
+        v_at = _together(v, group, blocks, "v", memory, xp)
+        parts.append(_exact_sums(q, z_, v_at, c_, scale, group, blocks, memory, xp))
+    return _joined(tuple(parts), plan, q.shape[:2], xp)
 
-        return sums
+
+def _exact_sums(
+    q: Array,
+    z: Array,
+    v_at: Callable[[slice], Array],
+    centre: Array,
+    scale: float,
+    group: tuple[slice, slice],
+    blocks: list[slice],
+    memory: _Memory,
+    xp: Namespace,
+    _: Array | None = None,
+) -> Array:
+    """The same of a group, for its landmarks and their centre."""
+    wide, total = widest_real(z, xp), None
+    centre = xp.astype(centre, wide)
+    z = (xp.astype(z, wide) - centre) * scale
+    z_t, half_z = transposed_copy(z, xp), 0.5 * xp.sum(z * z, axis=-1)[..., None, :]
+    q_at = _together(q, group, blocks, "exact", memory, xp)
+    for rows in blocks:
+        x = (xp.astype(q_at(rows), wide) - centre) * scale
+        c = exp_of_negative(x @ z_t - (half_z + 0.5 * xp.sum(x * x, axis=-1, keepdims=True)), xp)
+        total = _plus(total, xp.matrix_transpose(c), xp.astype(v_at(rows), wide), xp)
+    return total
 
 
 def _flat(x: Any, group: tuple[slice, slice], xp: Namespace) -> Any:

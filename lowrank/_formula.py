@@ -24,11 +24,6 @@ from lowrank.kernels import _expanded_squared_distances
 # and the second is as right as w.
 CORRECTIONS, DERIVATIVES = 2, 2
 
-# In lengthscales, of landmarks whose differences are taken. With P in double precision half of it is enough; here the
-# error in z̄ of 49 landmarks in a ball whose distances are about that is 8e-6 instead of 2e-5. Of landmarks 1.18 apart
-# the difference of columns is as large as these.
-WITHIN = 1.0
-
 
 class Factor(NamedTuple):
     """The lower Cholesky factor of P, in the place of M; of torch tensors, and without a derivative of its own."""

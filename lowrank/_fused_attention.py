@@ -12,8 +12,6 @@ receive, with P = C ∘ (g wᵀ + v s̄ᵀ),
 
     v̄ = C s̄,   q̄ = P z − q ∘ rowsum(P),   z̄ = Pᵀq − z ∘ colsum(P) = cotangents(q, z, v, g, w, s_bar).
 
-Where landmarks are near others the first sums what differs from their parents, and ``_nearby`` says why and what.
-
 Two kinds of programs: one holds a few landmarks and runs through a stretch of the tokens (Cᵀv, z̄), the other holds a
 few tokens and runs through the landmarks (C w, q̄ and v̄). A program with both kinds of sums does not fit into
 registers. Sums over tokens are one partial sum per stretch, added by torch: no atomics, the same bits every time.
@@ -36,8 +34,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from lowrank._nearby import STEEP
 
 try:
     import triton
@@ -131,27 +127,19 @@ def _gaussian(
 
 
 @_jit
-def _minus_expm1(x):
-    """1 − exp(x), small as x is: to 2e-7 of itself."""
-    # (exp(x) − 1)/x for |x| ≤ log(2)/2, by Taylor's series.
-    p = 1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040))))))
-    return tl.where(tl.abs(x) < 0.34, -x * p, 1 - tl.exp(x))
-
-
-@_jit
 def _of_head(start, which, heads, batch_stride, head_stride):
     return start + (which // heads) * batch_stride + (which % heads) * head_stride
 
 
 @_kernel
 def _transposed_product(
-    q, z, v, steps, falls, partial,
+    q, z, v, partial,
     q_batch, q_head, q_row, q_column, v_batch, v_head, v_row, v_column,
     heads, n, m, d, e, parts, stretch,
     D: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr, LANDMARKS: tl.constexpr,
-    STEP: tl.constexpr, PRECISION: tl.constexpr, DIFFERS: tl.constexpr, STEEP: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Cᵀv, or what differs, for a few landmarks, summed over one of ``parts`` stretches of the tokens."""
+    """Cᵀv for a few landmarks, summed over one of ``parts`` stretches of the tokens."""
     tiles = tl.cdiv(m, LANDMARKS)
     program = tl.program_id(0).to(tl.int64)
     tile, part, which = program % tiles, (program // tiles) % parts, program // (tiles * parts)
@@ -161,24 +149,12 @@ def _transposed_product(
     partial += (which * parts + part) * m * e
 
     landmark = tile * LANDMARKS + tl.arange(0, LANDMARKS)
-    if DIFFERS:
-        steps += which * m * d
-        fall = tl.load(falls + which * m + landmark, mask=landmark < m, other=float("-inf"))
-        some = tl.max(fall, axis=0) > float("-inf")
     total = tl.zeros((LANDMARKS, E), dtype=tl.float32)
     for k in range(0, stretch, TOKENS):
         token = part * stretch + k + tl.arange(0, TOKENS)
         c = _gaussian(
             z, landmark, m, d, 1, q, token, n, q_row, q_column, d, D, STEP, PRECISION, LANDMARKS, TOKENS
         )  # fmt: skip
-        if DIFFERS:  # noqa: SIM102  (the one is known to the compiler, and the other is not)
-            if some:
-                along = _add_product(
-                    tl.zeros((LANDMARKS, TOKENS), dtype=tl.float32),
-                    steps, landmark, m, d, 1, q, token, n, q_row, q_column, d, D, STEP, PRECISION,
-                )  # fmt: skip
-                minus_t = fall[:, None] - along
-                c *= _minus_expm1(tl.where(minus_t > STEEP, STEEP, minus_t))
         total = tl.dot(c, _rows(v, token, n, v_row, e, v_column, E), total, input_precision=PRECISION)
     _write(partial, landmark, m, e, e, 1, total, E)
 
@@ -308,47 +284,29 @@ def applies(q: torch.Tensor, z: torch.Tensor, v: torch.Tensor, /) -> bool:
 
 
 @torch.library.custom_op(
-    "lowrank::transposed_product",
-    mutates_args=(),
-    schema="(Tensor q, Tensor z, Tensor v, Tensor? steps=None, Tensor? falls=None) -> Tensor",
+    "lowrank::transposed_product", mutates_args=(), schema="(Tensor q, Tensor z, Tensor v) -> Tensor"
 )
-def transposed_product(
-    q: torch.Tensor,
-    z: torch.Tensor,
-    v: torch.Tensor,
-    steps: torch.Tensor | None = None,
-    falls: torch.Tensor | None = None,
-) -> torch.Tensor:
+def transposed_product(q: torch.Tensor, z: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """k(q, z)ᵀ v of shape (..., m, e) in float32, for tokens q (..., n, d), landmarks z (..., m, d), v (..., n, e).
 
-    With steps (..., m, d) and falls (..., m), of float32, an entry of C is times −expm1(fall − stepᵀq), which is 1
-    where the fall is −∞. q and v may have any strides. Raises as all operators here: TypeError for other dtypes,
-    ValueError for other shapes.
+    q and v may have any strides. Raises as all operators here: TypeError for other dtypes, ValueError for other shapes.
     """
     _check(q, z, tokens={"v": v}, landmarks={})
     n, m, d, e = q.shape[-2], z.shape[-2], z.shape[-1], v.shape[-1]
-    differs, steps, falls = _differences(z, steps, falls)
-    blocks = _blocks(q, d, e)[0] | {"DIFFERS": differs, "STEEP": STEEP}
+    blocks, _ = _blocks(q, d, e)
     parts, stretch = _stretches(n, blocks["TOKENS"])
     partial = q.new_empty((q.shape[:-2].numel(), parts, m, e), dtype=torch.float32)
     _run(
         _transposed_product, partial.shape[0] * parts * triton.cdiv(m, blocks["LANDMARKS"]), blocks,
-        q, z.contiguous(), v, steps, falls, partial,
+        q, z.contiguous(), v, partial,
         *_strides(q), *_strides(v), _heads(q), n, m, d, e, parts, stretch,
     )  # fmt: skip
     return partial.sum(dim=1).reshape(*q.shape[:-2], m, e)
 
 
 @transposed_product.register_fake
-def _(
-    q: torch.Tensor,
-    z: torch.Tensor,
-    v: torch.Tensor,
-    steps: torch.Tensor | None = None,
-    falls: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _(q: torch.Tensor, z: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     _check(q, z, tokens={"v": v}, landmarks={})
-    _differences(z, steps, falls)
     return _of_landmarks(z, v.shape[-1])
 
 
@@ -436,20 +394,6 @@ def _check(
             raise ValueError(f"{name} does not fit the other tensors, of shapes (batch, rows, columns): {shapes}")
     if not all(1 <= size <= _LARGEST for size in (z.shape[-2], d, e)):
         raise ValueError(f"the kernels take 1 to {_LARGEST} landmarks, features and values: {shapes}")
-
-
-def _differences(
-    z: torch.Tensor, steps: torch.Tensor | None, falls: torch.Tensor | None
-) -> tuple[bool, torch.Tensor, torch.Tensor]:
-    """Whether there are any, and what the kernel reads of them, or has in the place of it."""
-    if steps is None or falls is None:
-        if steps is not falls:
-            raise ValueError("steps and falls belong together; give both of them, or neither")
-        return False, z, z
-    for name, x, shape in (("steps", steps, z.shape), ("falls", falls, z.shape[:-1])):
-        if x.dtype != torch.float32 or x.shape != shape:
-            raise ValueError(f"{name} must be float32 of shape {tuple(shape)}, not {x.dtype} {tuple(x.shape)}")
-    return True, steps.contiguous(), falls.contiguous()
 
 
 def _of_tokens(like: torch.Tensor, width: int) -> torch.Tensor:

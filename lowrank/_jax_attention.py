@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lowrank._array import arithmetic
-from lowrank._formula import WITHIN, corrected, differences, from_gram, gaussian_block, scaled
+from lowrank._formula import corrected, differences, from_gram, gaussian_block, scaled
 from lowrank._nearby import what_differs
 
 
@@ -56,7 +56,7 @@ def _(
 
     # A program may be differentiated after its call, and outside of what arithmetic was asked for there.
     with arithmetic(z):
-        near = what_differs(z, centre, scale, jnp, within=WITHIN, mask=mask)
+        near = what_differs(z, centre, scale, jnp, mask=mask)
         x, y, values, dvalues = (t.astype(z.dtype) for t in (q, z, v, dv))
         c, dc, block = jax.jvp(columns, (x, z, a), (dq.astype(z.dtype), dz, da), has_aux=True)
         x, y = (x - centre) * scale, (z - centre) * scale

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lowrank import _attend, _fused_attention, _native_attention
 from lowrank._array import Namespace, arithmetic, gradients_of, is_on_cpu, is_traced
-from lowrank._formula import WITHIN, Factor, from_gram, gaussian_gram, plain
-from lowrank._nearby import Nearby, nearby
+from lowrank._formula import Factor, from_gram, gaussian_gram, plain
+from lowrank._nearby import nearby
 from lowrank._segments import add_cotangents, segment_means
 
 
@@ -82,7 +82,7 @@ class Attention(torch.autograd.Function):
             dtype = torch.float64 if is_on_cpu(z) else centre.dtype  # as softmax_free_attention has it
             z, c, core = z.to(dtype), centre.to(dtype), core.to(dtype)
             core = Factor(core) if ctx.factored else core
-            near = None if system is None else nearby(z, c, ctx.scale, xp, within=WITHIN)
+            near = None if system is None else nearby(z, c, ctx.scale, xp)
             if ctx.ridge is None:
                 return plain(q, z, v, core, system, c, ctx.scale, xp, near=near)
             a = gaussian_gram((z - c) * ctx.scale, xp)
@@ -114,8 +114,7 @@ class _ByKernels:
         most: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, y = (q - centre) * scale, (z - centre) * scale
-        near = nearby(z, centre, scale, xp) if most and system is not None else None
-        sums, weights = _solved(x, y, v.to(x.dtype), core, system, near)
+        sums, weights = _solved(x, y, v.to(x.dtype), core, system, most, (q, z, v, centre, scale))
         return _fused_attention.product(x, y, weights).to(v.dtype), sums, weights
 
     @staticmethod
@@ -136,8 +135,8 @@ class _ByKernels:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         x, y = (q - centre) * scale, (z - centre) * scale
         values, g = v.to(x.dtype), g.to(x.dtype)
-        near = None if system is None else nearby(z, centre, scale, xp)
-        w_bar, sigma_bar = _solved(x, y, g, core.mT if system is None else core, system, near)
+        inverse, most = core.mT if system is None else core, _attend.most_amplified(of_gram=of_gram)
+        w_bar, sigma_bar = _solved(x, y, g, inverse, system, most, (q, z, g, centre, scale))
         x_bar, y_bar, v_bar = _fused_attention.cotangents(x, y, values, g, weights, sigma_bar)
         q_bar, v_bar = (scale * x_bar).to(q.dtype), v_bar.to(v.dtype)
         inner = _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
@@ -147,15 +146,18 @@ class _ByKernels:
 
 
 def _solved(
-    x: Tensor, y: Tensor, v: Tensor, core: Any, system: Tensor | None, near: Nearby | None
+    x: Tensor, y: Tensor, v: Tensor, core: Any, system: Tensor | None, most: int, given: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
-    """σ = Cᵀv and w, by the kernels."""
-    differs = () if near is None else (near.steps.mT, near.falls[..., 0, :])
-    summed = _fused_attention.transposed_product(x, y, v, *differs)
-    if near is None:
-        return summed, _attend.applied(core, system, summed, xp)
-    sigma = near.sums(summed, xp)
-    return sigma.to(summed.dtype), _attend.applied(core, system, sigma, xp)
+    """σ = Cᵀv and w, by the kernels, of what q, z, v, centre and scale as ``given`` are made to."""
+
+    def exact(_: Tensor) -> Tensor:
+        q, z, v, centre, scale = given
+        return _attend.exact_sums(q, z, v, centre, scale, xp)
+
+    checked = most and _attend.is_checked(system, y, xp)
+    half_y = 0.5 * y.square().sum(-1)[..., None, :]
+    sums = _fused_attention.transposed_product(x, y, v)
+    return _attend.solved(core, system, sums, half_y, exact if checked else None, most, xp)
 
 
 def gaussian_product(x: Tensor, y: Tensor, v: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from lowrank._array import (
     widest_real,
     writes,
 )
-from lowrank._formula import CORRECTIONS, WITHIN, Factor, from_gram, gaussian_gram, plain
+from lowrank._formula import CORRECTIONS, Factor, from_gram, gaussian_gram, plain
 from lowrank._nearby import nearby
 from lowrank._segments import segment_means
 from lowrank.kernels import _checked_lengthscale
@@ -288,7 +288,7 @@ def _by_formula(
     core = core if both is None else xp.where(both, core, xp.zeros_like(core))
     near = None
     if differentiated:
-        near = nearby(z, centre, scale, xp, within=WITHIN, mask=landmark_mask)
+        near = nearby(z, centre, scale, xp, mask=landmark_mask)
     if near is not None and compat.is_jax_array(z):
         from lowrank._jax_attention import attend
 

@@ -47,7 +47,7 @@ MAY_KNOW = {
     "_nearby": {"_array"},
     "_formula": {"_array", "_nearby", "kernels"},
     "_attend": {"_array", "kernels", "_formula"},
-    "_fused_attention": {"_nearby"},
+    "_fused_attention": set(),
     "_native_attention": {"_array", "_formula", "_attend", "_native"},
     "_native_mlp": {"_native"},
     "_torch_attention": {
