@@ -241,15 +241,37 @@ TARGET static int NAME(solution)(const struct attention *t, long element, const 
     return t->most && NAME(amplifies)(t, element, y, sigma, w, room);
 }
 
-/* The points from first to last of an element. With c_kept C is left there by SUMS, and found by others. */
+/* What points close to the landmark j bring to H(z - x), to less, a row for each point, and H'(x - z), to sums: of these
+   the differences are exact, and where the point is the landmark, and others are far, they are all there is but for
+   rounding of Hz and H1. What remains of h, a row of H', is that of the others. Whether there are any. */
+TARGET static int NAME(take_close)(const struct attention *t, struct place p, long j, const float *c, float *h,
+                                   float *less, double *sums, int any, float *room)
+{
+    const long d = t->d, D = PADDED(d);
+    const float *z = t->z + (p.element * t->m + j) * d, scale = t->scale;
+    const struct block q = NAME(read)(&t->q, p, d, room);
+    for (long r = 0; r < p.count; r++) {
+        if (!(c[r] > CLOSE)) continue;
+        if (!any++) memset(less, 0, sizeof(float) * BLOCK * D);
+        for (long k = 0; k < d; k++) {
+            const float gap = h[r] * ((q.at[r * q.stride + k] - z[k]) * scale);
+            less[r * D + k] += gap, sums[k] += gap;
+        }
+        h[r] = 0;
+    }
+    return any;
+}
+
+/* The points from first to last of an element. With c_kept C is left there by SUMS, and found by others. Cotangents leave
+   H'x, and H'1 in columns, less what is close: that has H'(x - z) in H'x. */
 TARGET static void NAME(pass)(const struct attention *t, int what, long element, long first, long last,
                               const struct NAME(landmarks) *y, const float *w, const float *s, double *sums,
-                              float *c_kept, float *room)
+                              double *columns, float *c_kept, float *room)
 {
     const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e);
     float *x = TAKE(BLOCK * D), *x_t = TAKE(BLOCK * D), *v_room = TAKE(BLOCK * E), *g_room = TAKE(BLOCK * E);
     float *both_t = TAKE(2 * BLOCK * E), *out = TAKE(BLOCK * MOST(D, E)), *h = TAKE(BLOCK * m);
-    float *of_block = TAKE(m * MOST(D, E)), *both = TAKE(2 * m * E);
+    float *of_block = TAKE(m * MOST(D, E)), *both = TAKE(2 * m * E), *close = TAKE(BLOCK * D);
     float *c = c_kept ? c_kept : TAKE(BLOCK * m);
     /* gw' + vs' is one product, of (g v) and (w s). */
     for (long j = 0; what == COTANGENTS && j < m; j++) {
@@ -274,39 +296,44 @@ TARGET static void NAME(pass)(const struct attention *t, int what, long element,
             NAME(apply)(&t->out, p, e, m, c, w, SETS, out);
         else {
             float of_rows[BLOCK] = {0};
+            int any = 0;
             NAME(apply)(&t->v_bar, p, e, m, c, s, way_of(&t->v_bar, t, e), out);
             NAME(transpose)(p.count, E, NAME(read)(&t->g, p, e, g_room), both_t);
             NAME(transpose)(p.count, E, NAME(read)(&t->v, p, e, v_room), both_t + e * BLOCK);
             NAME(product)(m, PADDED(p.count), 2 * e, both, 2 * e, 1, both_t, BLOCK, h, BLOCK, SETS);
             for (long j = 0; j < m; j++) {
+                float *c_row = c + j * BLOCK, *h_row = h + j * BLOCK, largest = 0;
+                vec most = {0}, sum = {0};
                 fetch(t, what, next, j, m);
-                for (long i = j * BLOCK, r = 0; r < PADDED(p.count); i += LANES, r += LANES) {
-                    const vec k = *(vec *)(h + i) * *(const vec *)(c + i);
-                    *(vec *)(h + i) = k, *(vec *)(of_rows + r) += k;
+                for (long r = 0; r < PADDED(p.count); r += LANES) {
+                    const vec k = *(vec *)(c_row + r);
+                    *(vec *)(h_row + r) *= k, most = NAME(choose)(k > most, k, most);
                 }
+                for (int i = 0; i < LANES; i++) largest = MOST(largest, most[i]);
+                if (largest > CLOSE) any = NAME(take_close)(t, p, j, c_row, h_row, close, sums + j * D, any, room);
+                for (long r = 0; r < PADDED(p.count); r += LANES) {
+                    *(vec *)(of_rows + r) += *(vec *)(h_row + r);
+                    sum += *(vec *)(h_row + r);
+                }
+                for (int i = 0; i < LANES; i++) columns[j] += sum[i];
             }
             NAME(product)(m, D, p.count, h, BLOCK, 1, x, D, of_block, D, SETS);
             NAME(accumulate)(m * D, of_block, sums);
             NAME(product)(p.count, D, m, h, 1, BLOCK, y->z, D, out, D, SETS);
+            for (long k = 0; any && k < p.count * D; k++) out[k] -= close[k];
             NAME(less_points)(t, p, of_rows, x, out);
         }
     }
 }
 
-/* z_bar = s(H'x - diag(H'1)z) to memory, for H'x in padded rows; and of_gram with what z has in P, whose cotangent is
+/* z_bar = s(H'x - diag(H'1)z) to memory, for H'x in padded rows and H'1 in sums; and of_gram with what z has in P, whose cotangent is
    -sigma_bar w': s(Gz - diag(G1)z), G = -P(sigma_bar w' + w sigma_bar') entry by entry, but 0 on its diagonal. */
 TARGET static void NAME(landmark_cotangents)(const struct attention *t, long element, const struct NAME(landmarks) *y,
-                                             const float *w_bar, const float *w, const float *s, float *z_bar,
-                                             float *room)
+                                             const float *w, const float *s, float *z_bar, double *sums, float *room)
 {
     const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e), S = PADDED(m);
-    const float *sigma = t->sigma + element * m * e;
     const float scale = t->scale;
-    float *w_t = TAKE(E * S), *s_t = TAKE(E * S), *g = TAKE(m * S), *sums = TAKE(S);
-    for (long j = 0; j < m; j++) {
-        sums[j] = 0;
-        for (long k = 0; k < e; k++) sums[j] += w_bar[j * E + k] * w[j * E + k] + sigma[j * e + k] * s[j * E + k];
-    }
+    float *w_t = TAKE(E * S), *s_t = TAKE(E * S), *g = TAKE(m * S);
     if (t->of_gram) {
         const double *system = t->system + element * m * m;
         for (long k = 0; k < e; k++)
@@ -323,7 +350,7 @@ TARGET static void NAME(landmark_cotangents)(const struct attention *t, long ele
         NAME(product)(m, D, m, g, S, 1, y->z, D, z_bar, D, ADDS);
     }
     for (long j = 0; j < m; j++)
-        for (long k = 0; k < d; k++) z_bar[j * D + k] = scale * (z_bar[j * D + k] - sums[j] * y->z[j * D + k]);
+        for (long k = 0; k < d; k++) z_bar[j * D + k] = scale * (z_bar[j * D + k] - (float)sums[j] * y->z[j * D + k]);
     NAME(unpad)(m, d, z_bar, t->z_bar + element * m * d);
 }
 
@@ -354,7 +381,7 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
         NAME(one_solution)(t, element, room);
         return;
     }
-    double *sums = (double *)TAKE(2 * m * W);
+    double *sums = (double *)TAKE(2 * m * W), *columns = (double *)TAKE(2 * m);
     float *rounded = TAKE(m * W);
     if (what == WIDE_SUMS) {
         if (!t->amplified[element]) return;
@@ -362,29 +389,33 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
         for (long j = 0; j < m; j++) memcpy(t->wide_sums + (item * m + j) * e, sums + j * E, sizeof(double) * e);
         return;
     }
-    float *w = TAKE(m * E), *s = TAKE(m * E), *w_bar = TAKE(m * E);
+    float *w = TAKE(m * E), *s = TAKE(m * E);
     float *c = whole ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
     const struct NAME(landmarks) y = NAME(prepared)(t, element, room);
     room += of_landmarks(t);
     if (what == PRODUCT || what == COTANGENTS || what == BACKWARD) NAME(pad)(m, e, t->w + element * m * e, w);
     if (what == COTANGENTS) NAME(pad)(m, e, t->sigma_bar + element * m * e, s);
     memset(sums, 0, sizeof(double) * m * W);
+    memset(columns, 0, sizeof(double) * m);
     if (whole) {
         float *found = what == FORWARD ? w : s, *to = what == FORWARD ? t->w : t->sigma_bar;
-        NAME(pass)(t, SUMS, element, first, last, &y, 0, 0, sums, c, room);
+        NAME(pass)(t, SUMS, element, first, last, &y, 0, 0, sums, 0, c, room);
         if (NAME(solution)(t, element, &y, sums, found, to, room)) {
             NAME(wide_pass)(t, element, first, last, sums, room);
             NAME(solution)(t, element, &y, sums, found, to, room);
         }
-        for (long k = 0; k < m * E; k++) w_bar[k] = sums[k];
         memset(sums, 0, sizeof(double) * m * W);
         what = what == FORWARD ? PRODUCT : COTANGENTS;
     }
-    NAME(pass)(t, what, element, first, last, &y, w, s, sums, c, room);
+    NAME(pass)(t, what, element, first, last, &y, w, s, sums, columns, c, room);
     for (long k = 0; k < m * W; k++) rounded[k] = sums[k];
     if (what == SUMS) NAME(unpad)(m, e, rounded, t->sums + item * m * e);
     if (whole && what == COTANGENTS)
-        NAME(landmark_cotangents)(t, element, &y, w_bar, w, s, rounded, room);
+        NAME(landmark_cotangents)(t, element, &y, w, s, rounded, columns, room);
     else if (what == COTANGENTS)
-        NAME(unpad)(m, d, rounded, t->from_q + item * m * d);
+        for (long j = 0; j < m; j++) {
+            float *to = t->from_q + (item * m + j) * (d + 1);
+            memcpy(to, rounded + j * D, sizeof(float) * d);
+            to[d] = columns[j];
+        }
 }

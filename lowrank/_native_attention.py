@@ -48,7 +48,7 @@ class Task(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("heads", "elements", "n", "m", "d", "e")),
         *((name, ctypes.c_int64) for name in ("transposed_core", "corrections", "of_gram", "most")),
         *((name, Rows) for name in ("q", "summed", "v", "g", "out", "q_bar", "v_bar")),
-        *((name, ctypes.c_void_p) for name in ("centre", "z", "core", "system", "sigma")),
+        *((name, ctypes.c_void_p) for name in ("centre", "z", "core", "system")),
         *((name, ctypes.c_void_p) for name in ("w", "sigma_bar", "sums", "from_q", "z_bar", "wide_sums", "amplified")),
         ("scale", ctypes.c_double),
     )
@@ -144,7 +144,7 @@ def backward(
     call.reads(summed=g, v=v, g=g)
     if call.is_whole(core):
         call.solves(core, system, transposed=system is None)
-        call.packs(w=weights, sigma=sums)
+        call.packs(w=weights)
         call.task.of_gram = of_gram
         w_bar, sigma_bar, z_bar = call.makes("sums"), call.makes("sigma_bar"), call.makes("z_bar")
         call.run(BACKWARD)
@@ -155,7 +155,7 @@ def backward(
     call.packs(w=weights, sigma_bar=sigma_bar)
     from_q = call.by_chunks("from_q", COTANGENTS)
     given = w_bar, sigma_bar, sums, weights, system, (z - centre) * scale
-    z_bar, inner = landmark_cotangents(from_q, *given, scale, xp, of_gram=of_gram)
+    z_bar, inner = landmark_cotangents(from_q[..., :-1], from_q[..., -1:], *given, scale, xp, of_gram=of_gram)
     return q_bar, z_bar, v_bar, inner
 
 
@@ -207,7 +207,7 @@ class _Call:
             self._points(name, _native.packed(x))
 
     def makes(self, name: str, *chunks: int) -> Tensor:
-        width = self.task.d if name in ("from_q", "z_bar") else self.task.e
+        width = {"from_q": self.task.d + 1, "z_bar": self.task.d}.get(name, self.task.e)
         dtype = torch.float64 if name == "wide_sums" else torch.float32
         out = self.arrays["z"].new_empty(*self.batch, *chunks, self.task.m, width, dtype=dtype)
         self._points(name, out)

@@ -31,6 +31,8 @@ the results. What is computed is in the headers, X' being the transpose of X. */
 #define LOWEST -69.8f
 /* Points whose part of a sum is added to it as one: the error of a sum is that of so many terms. */
 #define FEW 32
+/* Entries of C, of points within a tenth of a lengthscale from a landmark, whose cotangents are formed of differences. */
+#define CLOSE 0.995f
 /* |z|^2/2 of a landmark in whose row of C'v rounding is twice as much as near the centre. */
 #define REACH 8
 /* Squared norms from which on a difference of two may be no number. */
@@ -74,8 +76,8 @@ struct rows {
 
 /* What is summed is v or g. Arrays that are not rows are packed, with the elements of both batch axes on one: c
    (elements, d), z, the landmarks as they are (elements, m, d), M, transposed or not, and P (elements, m, m), which
-   w is solved for with, w, sigma_bar and sigma = C'v (elements, m, e), sums (elements, chunks, m, e), wide_sums likewise,
-   H'x (elements, chunks, m, d) and z_bar (elements, m, d). Where rounding of C'v would count in w for more than most of
+   w is solved for with, w and sigma_bar (elements, m, e), sums (elements, chunks, m, e), wide_sums likewise, H'x and
+   H'1 (elements, chunks, m, d + 1) and z_bar (elements, m, d). Where rounding of C'v would count in w for more than most of
    its eps, if that is not 0, C'v is summed in double precision; amplified (elements) tells of elements in chunks for
    which that is so, and wide_sums are of these alone. */
 struct attention {
@@ -83,7 +85,6 @@ struct attention {
     struct rows q, summed, v, g, out, q_bar, v_bar;
     const float *centre, *z, *core;
     const double *system;
-    const float *sigma;
     float *w, *sigma_bar, *sums, *from_q, *z_bar;
     double *wide_sums;
     char *amplified;
@@ -227,8 +228,8 @@ static size_t room_of(const struct attention *t, int what)
 {
     const size_t m = t->m, D = PADDED(t->d), E = PADDED(t->e), W = MOST(D, E);
     const size_t blocks = is_whole(what) ? (t->n + BLOCK - 1) / BLOCK : 1;
-    const size_t of_element = m * (7 * E + 4 * W) + of_landmarks(t);
-    const size_t of_blocks = BLOCK * (2 * D + 4 * E + W + m * (1 + blocks));
+    const size_t of_element = m * (7 * E + 4 * W) + 2 * PADDED(m) + of_landmarks(t);
+    const size_t of_blocks = BLOCK * (4 * D + 4 * E + W + m * (1 + blocks));
     const size_t of_wide_pass = BLOCK * (4 * D + 3 * E + 2 * m + 2) + 2 * m * (D + E) + 2 * PADDED(m);
     const size_t of_solution = 8 * m * E;
     const size_t of_cotangents = what == BACKWARD ? (2 * E + m + 1) * PADDED(m) : 0;

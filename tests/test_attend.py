@@ -437,6 +437,27 @@ def test_gradients_at_landmarks_on_a_grid(dimension, apart, compiled, monkeypatc
         assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("entries", [2**21, 40 * 70], ids=["whole", "in parts"])
+@pytest.mark.parametrize("off", [0.0, 1e-4, 1e-2])
+@pytest.mark.parametrize("spread", [1.0, 1.5])
+def test_gradients_where_landmarks_are_tokens(spread, off, entries, compiled, monkeypatch):
+    """Or nearly so, and far from all others: nothing is left of cotangents but for what the others bring, which is 1e-5
+    of the entries that are large. Those of C are right to some eps of squared distances from the centre, d^½ here."""
+    if not compiled:
+        monkeypatch.setattr(_native, "is_built", lambda: False)
+    monkeypatch.setattr(_attend, "_CPU_ENTRIES", entries)
+    q, v, g = (points(k, 2, 400, 64, spread=spread, dtype=torch.float32) for k in range(3))
+    z = q[:, ::10] + off * points(3, 2, 40, 64, spread=1.0, dtype=torch.float32)
+
+    def gradients(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, v, z)]
+        return torch.autograd.grad(softmax_free_attention(*leaves), leaves, g.to(dtype))
+
+    for found, expected in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        assert torch.linalg.norm(found - expected) < 4 * 64**0.5 * spread**2 * EPS * torch.linalg.norm(expected)
+
+
 def test_sums_in_double_precision_leave_what_is_kept_of_points(monkeypatch, uncompiled):
     """Where blocks are several, and all elements' tokens lie between those of others."""
     monkeypatch.setattr(_attend, "_CPU_ENTRIES", 2 * 3 * 5 * 20)

@@ -227,6 +227,17 @@ def test_sums_that_rounding_would_spoil_are_right(n, m, factored, width, entries
     assert torch.linalg.norm(w - torch.linalg.solve(system, exact)) < 4 * EPS * torch.linalg.norm(w)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_are_landmarks_move_nothing(dtype, width, entries):
+    """H(z − x) of a token that is a landmark, and alone, is 0, whatever H is."""
+    q = (3 * points(0, 1, 8, 40, 64, spread=1.0)).to(dtype)
+    v, g = points(1, 1, 8, 40, 5).to(dtype), points(2, 1, 8, 40, 5).to(dtype)
+    leaves = [x.clone().requires_grad_() for x in (q, v, q)]
+    q_bar, _, z_bar = torch.autograd.grad(softmax_free_attention(*leaves), leaves, g)
+    assert q_bar.abs().max() < 1e-12
+    assert z_bar.abs().max() < 1e-12
+
+
 def test_elements_whose_sums_are_right_are_left_alone(width, entries):
     """Of two elements one is near singular, and the other as it is by itself, bit for bit."""
     q, z, v, g = points(0, 2, 1, 700, 32), points(1, 2, 1, 49, 32, spread=1.0), points(2, 2, 1, 700, 32), None
