@@ -20,7 +20,7 @@ can take the place of M: to solve with it is nearly as accurate, and one correct
 What is left is σ's own error. Rounding puts eps σⱼ into each row for itself, and M makes of that eps ‖M diag(‖σⱼ‖)‖,
 relative to ‖w‖ a number that can be had once w is there, and is the error of z̄ to a factor of two, from 5e-7 to 3e-3.
 Where it exceeds 1e-5, in float32 and if there is a way back, σ and w̄ are summed again with C and all else in double
-precision, which leaves 1e-6. In the others sums are formed of a few terms at a time, which halves their error.
+precision, and so is z̄, which leaves 5e-8. In the others sums are formed of a few terms at a time, which halves their error.
 
 Where a point is a landmark, or nearly so, and others are far, Hz and diag(H1) q are large and their difference is not:
 there it is formed of the differences of points and landmarks, which are exact.
@@ -33,7 +33,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from lowrank._array import (
@@ -118,9 +118,11 @@ def inner_cotangent(system: Array | None, w_bar: Array, sigma_bar: Array, sigma:
     return w_bar @ sigma.mT if system is None else -sigma_bar @ w.mT
 
 
-def gram_cotangent(z: Array, system: Array, system_bar: Array, xp: Namespace) -> Array:
-    """z̄ = Gz − diag(G1) z, G = P ∘ (P̄ + P̄ᵀ), for P = k(z, z) + δI and a cotangent P̄ of it."""
-    g = (system_bar + xp.matrix_transpose(system_bar)) * xp.astype(system, z.dtype, copy=False)
+def gram_cotangent(z: Array, system: Array, sigma_bar: Array, w: Array, xp: Namespace) -> Array:
+    """z̄ = Gz − diag(G1) z, G = P ∘ (P̄ + P̄ᵀ), for P = k(z, z) + δI and its cotangent P̄ = −σ̄wᵀ, in the precision of z."""
+    sigma_bar, w, system = (xp.astype(x, z.dtype, copy=False) for x in (sigma_bar, w, system))
+    g = sigma_bar @ xp.matrix_transpose(w)
+    g = -(g + xp.matrix_transpose(g)) * system
     g = xp.where(identity(g, xp) == 1, xp.zeros_like(g), g)  # what it is times there is zᵢ − zᵢ
     return g @ z - xp.sum(g, axis=-1, keepdims=True) * z
 
@@ -134,17 +136,23 @@ def landmark_cotangents(
     w: Array,
     system: Array | None,
     z: Array,
-    factor: float,
+    centre: Array,
+    scale: float,
     xp: Namespace,
     *,
     of_gram: bool,
 ) -> tuple[Array, Array | None]:
-    """z̄ and M̄ or P̄, for Hᵀx and Hᵀ1 of points x, and landmarks z, that are times 1 or s, and s² or s. ``of_gram``: P̄ is
-    None, and z̄ has what z has in P = k(z, z) + δI."""
-    z_bar, inner = from_q - columns * z, inner_cotangent(system, w_bar, sigma_bar, sigma, w)
+    """z̄ and M̄ or P̄, for Hᵀx and Hᵀ1, x = (q − centre)s. ``of_gram``: P̄ is None, and z̄ has what z has in P = k(z, z) +
+    δI; little may be left of the two, and so all is in double precision."""
+    wide, inner = widest_real(z, xp), None
+    from_q, columns, y, c = (xp.astype(x, wide) for x in (from_q, columns, z, centre))
+    y = (y - c) * scale
+    z_bar = from_q - columns * y
     if of_gram:
-        z_bar, inner = z_bar + gram_cotangent(z, system, inner, xp), None
-    return z_bar * factor, inner
+        z_bar = z_bar + gram_cotangent(y, system, sigma_bar, w, xp)
+    else:
+        inner = inner_cotangent(system, w_bar, sigma_bar, sigma, w)
+    return xp.astype(z_bar * scale, z.dtype), inner
 
 
 def forward(
@@ -178,7 +186,7 @@ def forward(
         exact = None
         if most and is_checked(system, z, xp):
             exact = functools.partial(_exact_sums, q, z_, v_at, c_, scale, group, blocks, memory, xp)
-        sigma, w = solved(core_, system_, sigma, block.half_z, exact, most, xp)
+        sigma, w, _ = solved(core_, system_, sigma, block.half_z, exact, most, xp)
         for rows in reversed(blocks):
             _put_product(out, group, rows, block.at(rows), w, "x0", memory, xp)
         found.append((sigma, w))
@@ -219,7 +227,7 @@ def backward(
         exact = None
         if is_checked(system, z, xp):
             exact = functools.partial(_exact_sums, q, z_, g_at, c_, scale, group, blocks, memory, xp)
-        w_bar, sigma_bar = solved(inverse, system_, w_bar, block.half_z, exact, most, xp)
+        w_bar, sigma_bar, amplified = solved(inverse, system_, w_bar, block.half_z, exact, most, xp)
         w_t, sigma_bar_t = transposed_copy(w, xp), transposed_copy(sigma_bar, xp)
         from_q: Any = None
         columns: Any = None
@@ -240,8 +248,14 @@ def backward(
                 x -= s2 * close[0]
                 from_q += close[1]
             _bring(q_bar, group, rows, x, xp)
-        given = columns, w_bar, sigma_bar, sigma, w, system_, block.z
-        found.append(landmark_cotangents(from_q, *given, s2, xp, of_gram=of_gram))
+        from_q = from_q * scale
+        if amplified is not None:
+            of_group = q, z_, g_at, v_at, w, sigma_bar, c_, scale, group, blocks, memory, xp
+            exact_from_q, exact_columns = _exact_cotangents(*of_group)
+            from_q = xp.where(amplified, exact_from_q, from_q)
+            columns = xp.where(amplified, exact_columns, columns)
+        given = from_q, columns, w_bar, sigma_bar, sigma, w, system_, z_, c_
+        found.append(landmark_cotangents(*given, scale, xp, of_gram=of_gram))
     z_bar, inner_bar = (
         None if parts[0] is None else _joined(parts, plan, q.shape[:2], xp) for parts in zip(*found, strict=True)
     )
@@ -272,22 +286,22 @@ def solved(
     exact: Callable[[Array], Array] | None,
     most: int,
     xp: Namespace,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array | None]:
     """σ and w for sums over C; and where rounding of the sums counts in w for more than ``most`` eps, and ``exact`` is
     given, for what that makes of the elements of the batch where it does: sums in double precision, and anything of
-    the others.
+    the others. Which those are, (..., 1, 1), or None if there are none.
 
     ``half_z`` are s²‖z‖²/2, or their negatives, (..., 1, m).
     """
     w = applied(core, system, sums, xp)
     if exact is None:
-        return sums, w
+        return sums, w, None
     amplified = _amplification(core, sums, half_z, w, xp) > most
     if not bool(xp.any(amplified)):
-        return sums, w
+        return sums, w, None
     wide, amplified = exact(amplified), amplified[..., None, None]
     w = xp.where(amplified, applied(core, system, wide, xp), w)
-    return xp.where(amplified, xp.astype(wide, sums.dtype), sums), w
+    return xp.where(amplified, xp.astype(wide, sums.dtype), sums), w, amplified
 
 
 def _amplification(core: Array | Factor, sums: Array, half_z: Array, w: Array, xp: Namespace) -> Array:
@@ -428,6 +442,19 @@ def exact_sums(q: Array, z: Array, v: Array, centre: Array, scale: float, xp: Na
     return _joined(tuple(parts), plan, q.shape[:2], xp)
 
 
+def exact_cotangents(
+    q: Array, z: Array, g: Array, v: Array, w: Array, sigma_bar: Array, centre: Array, scale: float, xp: Namespace
+) -> tuple[Array, Array]:
+    """Hᵀx and Hᵀ1, x = (q − centre)s, of arrays of four axes, likewise."""
+    plan, memory, parts = _planned(q, z), _Memory(centre, xp), []
+    for group, blocks in plan.groups:
+        z_, c_, w_, s_ = (_flat(x, group, xp) for x in (z, centre, w, sigma_bar))
+        g_at, v_at = (_together(x, group, blocks, name, memory, xp) for x, name in ((g, "g"), (v, "v")))
+        parts.append(_exact_cotangents(q, z_, g_at, v_at, w_, s_, c_, scale, group, blocks, memory, xp))
+    from_q, columns = (_joined(x, plan, q.shape[:2], xp) for x in zip(*parts, strict=True))
+    return from_q, columns
+
+
 def _exact_sums(
     q: Array,
     z: Array,
@@ -440,17 +467,57 @@ def _exact_sums(
     xp: Namespace,
     _: Array | None = None,
 ) -> Array:
-    """The same of a group, for its landmarks and their centre."""
-    wide, total = widest_real(z, xp), None
+    """Cᵀv of a group, for its landmarks and their centre."""
+    total = None
+    for rows, _, c in _exact_blocks(q, z, centre, scale, group, blocks, memory, xp):
+        total = _plus(total, xp.matrix_transpose(c), xp.astype(v_at(rows), c.dtype), xp)
+    return total
+
+
+def _exact_cotangents(
+    q: Array,
+    z: Array,
+    g_at: Callable[[slice], Array],
+    v_at: Callable[[slice], Array],
+    w: Array,
+    sigma_bar: Array,
+    centre: Array,
+    scale: float,
+    group: tuple[slice, slice],
+    blocks: list[slice],
+    memory: _Memory,
+    xp: Namespace,
+) -> tuple[Array, Array]:
+    """Hᵀx and Hᵀ1 of a group."""
+    from_q: Any = 0
+    columns: Any = 0
+    for rows, x, c in _exact_blocks(q, z, centre, scale, group, blocks, memory, xp):
+        g, v, w_t, s_t = (xp.astype(y, c.dtype) for y in (g_at(rows), v_at(rows), w.mT, sigma_bar.mT))
+        h = c * (g @ w_t + v @ s_t)
+        from_q, columns = from_q + xp.matrix_transpose(h) @ x, columns + xp.sum(h, axis=-2)[..., None]
+    return from_q, columns
+
+
+def _exact_blocks(
+    q: Array,
+    z: Array,
+    centre: Array,
+    scale: float,
+    group: tuple[slice, slice],
+    blocks: list[slice],
+    memory: _Memory,
+    xp: Namespace,
+) -> Iterator[tuple[slice, Array, Array]]:
+    """Rows, x = (q − centre)s and C there, in double precision."""
+    wide = widest_real(z, xp)
     centre = xp.astype(centre, wide)
     z = (xp.astype(z, wide) - centre) * scale
     z_t, half_z = transposed_copy(z, xp), 0.5 * xp.sum(z * z, axis=-1)[..., None, :]
     q_at = _together(q, group, blocks, "exact", memory, xp)
     for rows in blocks:
         x = (xp.astype(q_at(rows), wide) - centre) * scale
-        c = exp_of_negative(x @ z_t - (half_z + 0.5 * xp.sum(x * x, axis=-1, keepdims=True)), xp)
-        total = _plus(total, xp.matrix_transpose(c), xp.astype(v_at(rows), wide), xp)
-    return total
+        c = x @ z_t - (half_z + 0.5 * xp.sum(x * x, axis=-1, keepdims=True))
+        yield rows, x, exp_of_negative(c, xp)
 
 
 def _flat(x: Any, group: tuple[slice, slice], xp: Namespace) -> Any:

@@ -148,45 +148,63 @@ TARGET static void NAME(gaussians)(const struct attention *t, int what, const st
     }
 }
 
-/* Sums for the points from first to last of an element with C and all else in double precision, (m, PADDED(e)). (To
-   round a point is to move it a little for all landmarks alike, and harmless; to round a landmark is not.) */
-TARGET static void NAME(wide_pass)(const struct attention *t, long element, long first, long last, double *sums,
-                                   float *room)
+/* For the points from first to last of an element, with C and all else in double precision: C'v in sums (m, PADDED(e)), or,
+   if w is not 0, H'x in sums (m, PADDED(d)) and H'1 in columns. */
+TARGET static void NAME(wide_pass)(const struct attention *t, long element, long first, long last, const float *w,
+                                   const float *s, double *sums, double *columns, float *room)
 {
-    const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e);
+    const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e), W = MOST(D, E), wide_e = w ? 2 * e : 0;
     const float *at = t->z + element * m * d, *centre = t->centre + element * d;
-    float *x = TAKE(BLOCK * D), *x_t = TAKE(BLOCK * D), *v_room = TAKE(BLOCK * E);
+    float *q_room = TAKE(BLOCK * D), *v_room = TAKE(BLOCK * E), *g_room = TAKE(BLOCK * E);
     double *z = (double *)TAKE(2 * m * D), *half_z = (double *)TAKE(2 * m), *half_x = (double *)TAKE(2 * BLOCK);
-    double *wide_x = (double *)TAKE(2 * BLOCK * D), *c = (double *)TAKE(2 * BLOCK * m);
-    double *v = (double *)TAKE(2 * BLOCK * E), *of_block = (double *)TAKE(2 * m * E);
+    double *x = (double *)TAKE(2 * BLOCK * D), *x_t = (double *)TAKE(2 * BLOCK * D), *c = (double *)TAKE(2 * BLOCK * m);
+    double *v = (double *)TAKE(4 * BLOCK * E), *both = (double *)TAKE(4 * m * E), *h = (double *)TAKE(2 * BLOCK * m);
+    double *of_block = (double *)TAKE(2 * m * W);
     for (long j = 0; j < m; j++) {
         half_z[j] = 0;
         for (long k = 0; k < d; k++) {
             z[j * D + k] = ((double)at[j * d + k] - centre[k]) * t->scale;
             half_z[j] += 0.5 * z[j * D + k] * z[j * D + k];
         }
+        for (long k = 0; k < wide_e; k++) both[j * wide_e + k] = k < e ? w[j * E + k] : s[j * E + k - e];
     }
-    memset(sums, 0, sizeof(double) * m * E);
+    memset(sums, 0, sizeof(double) * m * (w ? D : E));
+    for (long j = 0; w && j < m; j++) columns[j] = 0;
     for (long r = first; r < last; r += BLOCK) {
         const struct place p = place_of(t, element, r, last);
         const long width = PADDED(p.count);
-        NAME(points)(t, p, x);
-        NAME(transpose)(p.count, D, (struct block){x, D}, x_t);
+        const struct block q = NAME(read)(&t->q, p, d, q_room), of_v = NAME(read)(w ? &t->v : &t->summed, p, e, v_room);
+        const struct block of_g = w ? NAME(read)(&t->g, p, e, g_room) : of_v;
+        memset(x, 0, sizeof(double) * BLOCK * D), memset(x_t, 0, sizeof(double) * BLOCK * D);
         for (long i = 0; i < width; i++) half_x[i] = 0;
-        for (long k = 0; k < d; k++) {
-            NAME(widen)(width, x_t + k * BLOCK, wide_x + k * BLOCK);
-            for (long i = 0; i < width; i++) half_x[i] += 0.5 * wide_x[k * BLOCK + i] * wide_x[k * BLOCK + i];
-        }
-        NAME(wide_product)(m, width, d, z, D, wide_x, BLOCK, c, BLOCK);
+        for (long i = 0; i < p.count; i++)
+            for (long k = 0; k < d; k++) {
+                const double y = ((double)q.at[i * q.stride + k] - centre[k]) * t->scale;
+                x[i * D + k] = x_t[k * BLOCK + i] = y, half_x[i] += 0.5 * y * y;
+            }
+        NAME(wide_product)(m, width, d, z, D, x_t, BLOCK, c, BLOCK);
         for (long j = 0; j < m; j++)
             for (long i = j * BLOCK, k = 0; k < width; i += LANES / 2, k += LANES / 2) {
                 const wide y = *(wide *)(c + i) - (*(wide *)(half_x + k) + half_z[j]);
                 *(wide *)(c + i) = NAME(wide_exp)((wide)((wide_bits)y & ~(y > (wide){0})));
             }
-        const struct block rows = NAME(read)(&t->summed, p, e, v_room);
-        for (long i = 0; i < p.count; i++) NAME(widen)(E, rows.at + i * rows.stride, v + i * E);
-        NAME(wide_product)(m, E, p.count, c, BLOCK, v, E, of_block, E);
-        for (long k = 0; k < m * E; k++) sums[k] += of_block[k];
+        if (!w) {
+            for (long i = 0; i < p.count; i++) NAME(widen)(E, of_v.at + i * of_v.stride, v + i * E);
+            NAME(wide_product)(m, E, p.count, c, BLOCK, v, E, of_block, E);
+            for (long k = 0; k < m * E; k++) sums[k] += of_block[k];
+            continue;
+        }
+        /* gw' + vs' is one product, of (g v) and (w s). */
+        for (long k = 0; k < e; k++)
+            for (long i = 0; i < width; i++) {
+                v[k * BLOCK + i] = i < p.count ? of_g.at[i * of_g.stride + k] : 0;
+                v[(e + k) * BLOCK + i] = i < p.count ? of_v.at[i * of_v.stride + k] : 0;
+            }
+        NAME(wide_product)(m, width, wide_e, both, wide_e, v, BLOCK, h, BLOCK);
+        for (long j = 0; j < m; j++)
+            for (long i = j * BLOCK; i < j * BLOCK + p.count; i++) h[i] *= c[i], columns[j] += h[i];
+        NAME(wide_product)(m, D, p.count, h, BLOCK, x, D, of_block, D);
+        for (long k = 0; k < m * D; k++) sums[k] += of_block[k];
     }
 }
 
@@ -326,32 +344,37 @@ TARGET static void NAME(pass)(const struct attention *t, int what, long element,
     }
 }
 
-/* z_bar = s(H'x - diag(H'1)z) to memory, for H'x in padded rows and H'1 in sums; and of_gram with what z has in P, whose cotangent is
-   -sigma_bar w': s(Gz - diag(G1)z), G = -P(sigma_bar w' + w sigma_bar') entry by entry, but 0 on its diagonal. */
-TARGET static void NAME(landmark_cotangents)(const struct attention *t, long element, const struct NAME(landmarks) *y,
-                                             const float *w, const float *s, float *z_bar, double *sums, float *room)
+/* z_bar = s(H'x - diag(H'1)z) to memory, for H'x in padded rows and H'1 in columns; and of_gram with what z has in P, whose
+   cotangent is -sigma_bar w': s(Gz - diag(G1)z), G = -P(sigma_bar w' + w sigma_bar') entry by entry, but 0 on its diagonal.
+   Little may be left of the two, and so all is in double precision. */
+TARGET static void NAME(landmark_cotangents)(const struct attention *t, long element, const float *w, const float *s,
+                                             double *z_bar, double *columns, float *room)
 {
     const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e), S = PADDED(m);
-    const float scale = t->scale;
-    float *w_t = TAKE(E * S), *s_t = TAKE(E * S), *g = TAKE(m * S);
+    const float *at = t->z + element * m * d, *centre = t->centre + element * d;
+    double *both = (double *)TAKE(4 * m * E), *both_t = (double *)TAKE(4 * E * S), *g = (double *)TAKE(2 * m * S);
+    double *z = (double *)TAKE(2 * m * D), *of_gram = (double *)TAKE(2 * m * D);
+    memset(z, 0, sizeof(double) * m * D);
+    for (long j = 0; j < m; j++)
+        for (long k = 0; k < d; k++) z[j * D + k] = ((double)at[j * d + k] - centre[k]) * t->scale;
     if (t->of_gram) {
         const double *system = t->system + element * m * m;
-        for (long k = 0; k < e; k++)
-            for (long j = 0; j < S; j++) {
-                w_t[k * S + j] = j < m ? w[j * E + k] : 0;
-                s_t[k * S + j] = j < m ? s[j * E + k] : 0;
+        for (long j = 0; j < S; j++)
+            for (long k = 0; k < e; k++) {
+                both_t[k * S + j] = j < m ? w[j * E + k] : 0, both_t[(e + k) * S + j] = j < m ? s[j * E + k] : 0;
+                if (j < m) both[j * 2 * e + k] = s[j * E + k], both[j * 2 * e + e + k] = w[j * E + k];
             }
-        NAME(product)(m, S, e, s, E, 1, w_t, S, g, S, SETS);
-        NAME(product)(m, S, e, w, E, 1, s_t, S, g, S, ADDS);
+        NAME(wide_product)(m, S, 2 * e, both, 2 * e, both_t, S, g, S);
         for (long i = 0; i < m; i++) {
             g[i * S + i] = 0;
-            for (long j = 0; j < m; j++) sums[i] += g[i * S + j] *= -(float)system[i * m + j];
+            for (long j = 0; j < m; j++) columns[i] += g[i * S + j] *= -system[i * m + j];
         }
-        NAME(product)(m, D, m, g, S, 1, y->z, D, z_bar, D, ADDS);
+        NAME(wide_product)(m, D, m, g, S, z, D, of_gram, D);
+        for (long k = 0; k < m * D; k++) z_bar[k] += of_gram[k];
     }
     for (long j = 0; j < m; j++)
-        for (long k = 0; k < d; k++) z_bar[j * D + k] = scale * (z_bar[j * D + k] - (float)sums[j] * y->z[j * D + k]);
-    NAME(unpad)(m, d, z_bar, t->z_bar + element * m * d);
+        for (long k = 0; k < d; k++)
+            t->z_bar[(element * m + j) * d + k] = t->scale * (z_bar[j * D + k] - columns[j] * z[j * D + k]);
 }
 
 /* w for sums over all chunks of an element, and whether it needs them in double precision; or for such, if it does. */
@@ -366,7 +389,8 @@ TARGET static void NAME(one_solution)(const struct attention *t, long element, f
     NAME(pad)(m, e, t->sums + first, sums);
     NAME(widen)(m * E, sums, sigma);
     for (long j = 0; t->wide_sums && j < m; j++) memcpy(sigma + j * E, t->wide_sums + first + j * e, sizeof(double) * e);
-    t->amplified[element] = NAME(solution)(t, element, &y, sigma, w, t->w, room);
+    const int amplified = NAME(solution)(t, element, &y, sigma, w, t->w, room);
+    if (!t->wide_sums) t->amplified[element] = amplified;
 }
 
 /* One item: all of an element, or a chunk of its points. */
@@ -385,7 +409,7 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
     float *rounded = TAKE(m * W);
     if (what == WIDE_SUMS) {
         if (!t->amplified[element]) return;
-        NAME(wide_pass)(t, element, first, last, sums, room);
+        NAME(wide_pass)(t, element, first, last, 0, 0, sums, 0, room);
         for (long j = 0; j < m; j++) memcpy(t->wide_sums + (item * m + j) * e, sums + j * E, sizeof(double) * e);
         return;
     }
@@ -393,6 +417,7 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
     float *c = whole ? TAKE((t->n + BLOCK - 1) / BLOCK * BLOCK * m) : 0;
     const struct NAME(landmarks) y = NAME(prepared)(t, element, room);
     room += of_landmarks(t);
+    int amplified = what == COTANGENTS && t->amplified && t->amplified[element];
     if (what == PRODUCT || what == COTANGENTS || what == BACKWARD) NAME(pad)(m, e, t->w + element * m * e, w);
     if (what == COTANGENTS) NAME(pad)(m, e, t->sigma_bar + element * m * e, s);
     memset(sums, 0, sizeof(double) * m * W);
@@ -400,22 +425,27 @@ TARGET static void NAME(attend)(const void *task, int what, long item, float *ro
     if (whole) {
         float *found = what == FORWARD ? w : s, *to = what == FORWARD ? t->w : t->sigma_bar;
         NAME(pass)(t, SUMS, element, first, last, &y, 0, 0, sums, 0, c, room);
-        if (NAME(solution)(t, element, &y, sums, found, to, room)) {
-            NAME(wide_pass)(t, element, first, last, sums, room);
+        amplified = NAME(solution)(t, element, &y, sums, found, to, room);
+        if (amplified) {
+            NAME(wide_pass)(t, element, first, last, 0, 0, sums, 0, room);
             NAME(solution)(t, element, &y, sums, found, to, room);
         }
         memset(sums, 0, sizeof(double) * m * W);
         what = what == FORWARD ? PRODUCT : COTANGENTS;
     }
     NAME(pass)(t, what, element, first, last, &y, w, s, sums, columns, c, room);
-    for (long k = 0; k < m * W; k++) rounded[k] = sums[k];
-    if (what == SUMS) NAME(unpad)(m, e, rounded, t->sums + item * m * e);
-    if (whole && what == COTANGENTS)
-        NAME(landmark_cotangents)(t, element, &y, w, s, rounded, columns, room);
-    else if (what == COTANGENTS)
+    if (what == SUMS) {
+        for (long k = 0; k < m * E; k++) rounded[k] = sums[k];
+        NAME(unpad)(m, e, rounded, t->sums + item * m * e);
+    }
+    if (what != COTANGENTS) return;
+    if (amplified) NAME(wide_pass)(t, element, first, last, w, s, sums, columns, room);
+    if (whole)
+        NAME(landmark_cotangents)(t, element, w, s, sums, columns, room);
+    else
         for (long j = 0; j < m; j++) {
-            float *to = t->from_q + (item * m + j) * (d + 1);
-            memcpy(to, rounded + j * D, sizeof(float) * d);
+            double *to = t->from_q + (item * m + j) * (d + 1);
+            memcpy(to, sums + j * D, sizeof(double) * d);
             to[d] = columns[j];
         }
 }

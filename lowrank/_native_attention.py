@@ -49,7 +49,7 @@ class Task(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("transposed_core", "corrections", "of_gram", "most")),
         *((name, Rows) for name in ("q", "summed", "v", "g", "out", "q_bar", "v_bar")),
         *((name, ctypes.c_void_p) for name in ("centre", "z", "core", "system")),
-        *((name, ctypes.c_void_p) for name in ("w", "sigma_bar", "sums", "from_q", "z_bar", "wide_sums", "amplified")),
+        *((name, ctypes.c_void_p) for name in ("w", "sigma_bar", "sums", "z_bar", "from_q", "wide_sums", "amplified")),
         ("scale", ctypes.c_double),
     )
 
@@ -154,8 +154,8 @@ def backward(
     w_bar, sigma_bar = call.solution(inverse, system, call.by_chunks("sums", SUMS), xp)
     call.packs(w=weights, sigma_bar=sigma_bar)
     from_q = call.by_chunks("from_q", COTANGENTS)
-    given = w_bar, sigma_bar, sums, weights, system, (z - centre) * scale
-    z_bar, inner = landmark_cotangents(from_q[..., :-1], from_q[..., -1:], *given, scale, xp, of_gram=of_gram)
+    given = w_bar, sigma_bar, sums, weights, system, z, centre, scale, xp
+    z_bar, inner = landmark_cotangents(from_q[..., :-1], from_q[..., -1:], *given, of_gram=of_gram)
     return q_bar, z_bar, v_bar, inner
 
 
@@ -208,7 +208,7 @@ class _Call:
 
     def makes(self, name: str, *chunks: int) -> Tensor:
         width = {"from_q": self.task.d + 1, "z_bar": self.task.d}.get(name, self.task.e)
-        dtype = torch.float64 if name == "wide_sums" else torch.float32
+        dtype = torch.float64 if name in ("wide_sums", "from_q") else torch.float32
         out = self.arrays["z"].new_empty(*self.batch, *chunks, self.task.m, width, dtype=dtype)
         self._points(name, out)
         return out
@@ -236,7 +236,8 @@ class _Call:
             z = (self.arrays["z"] - self.arrays["centre"]) * self.task.scale
             half_z = 0.5 * z.square().sum(-1)[..., None, :]
             exact = self.exact_sums if self.task.most else None
-            return solved(core, system, sums, half_z, exact, self.task.most, xp)
+            sums, w, _ = solved(core, system, sums, half_z, exact, self.task.most, xp)
+            return sums, w
         self.packs(sums=sums)
         self.solves(core, system)
         w, amplified = self.makes("w"), sums.new_empty(self.batch, dtype=torch.bool)

@@ -85,8 +85,8 @@ struct attention {
     struct rows q, summed, v, g, out, q_bar, v_bar;
     const float *centre, *z, *core;
     const double *system;
-    float *w, *sigma_bar, *sums, *from_q, *z_bar;
-    double *wide_sums;
+    float *w, *sigma_bar, *sums, *z_bar;
+    double *from_q, *wide_sums;
     char *amplified;
     double scale;
 };
@@ -230,10 +230,10 @@ static size_t room_of(const struct attention *t, int what)
     const size_t blocks = is_whole(what) ? (t->n + BLOCK - 1) / BLOCK : 1;
     const size_t of_element = m * (7 * E + 4 * W) + 2 * PADDED(m) + of_landmarks(t);
     const size_t of_blocks = BLOCK * (4 * D + 4 * E + W + m * (1 + blocks));
-    const size_t of_wide_pass = BLOCK * (4 * D + 3 * E + 2 * m + 2) + 2 * m * (D + E) + 2 * PADDED(m);
+    const size_t of_wide_pass = BLOCK * (5 * D + 6 * E + 4 * m + 2) + m * (2 * D + 4 * E + 2 * W) + 2 * PADDED(m);
     const size_t of_solution = 8 * m * E;
-    const size_t of_cotangents = what == BACKWARD ? (2 * E + m + 1) * PADDED(m) : 0;
-    const int widens = what == WIDE_SUMS || (is_whole(what) && t->most);
+    const size_t of_cotangents = what == BACKWARD ? (4 * E + 2 * m) * PADDED(m) + 4 * m * (D + E) : 0;
+    const int widens = what == WIDE_SUMS || what == COTANGENTS || (is_whole(what) && t->most);
     return of_element + of_solution + of_cotangents + MOST(of_blocks, BLOCK * m * blocks + widens * of_wide_pass);
 }
 

@@ -114,7 +114,7 @@ class _ByKernels:
         most: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, y = (q - centre) * scale, (z - centre) * scale
-        sums, weights = _solved(x, y, v.to(x.dtype), core, system, most, (q, z, v, centre, scale))
+        sums, weights, _ = _solved(x, y, v.to(x.dtype), core, system, most, (q, z, v, centre, scale))
         return _fused_attention.product(x, y, weights).to(v.dtype), sums, weights
 
     @staticmethod
@@ -136,19 +136,23 @@ class _ByKernels:
         x, y = (q - centre) * scale, (z - centre) * scale
         values, g = v.to(x.dtype), g.to(x.dtype)
         inverse, most = core.mT if system is None else core, _attend.most_amplified(of_gram=of_gram)
-        w_bar, sigma_bar = _solved(x, y, g, inverse, system, most, (q, z, g, centre, scale))
+        w_bar, sigma_bar, amplified = _solved(x, y, g, inverse, system, most, (q, z, g, centre, scale))
         x_bar, y_bar, v_bar = _fused_attention.cotangents(x, y, values, g, weights, sigma_bar)
         q_bar, v_bar = (scale * x_bar).to(q.dtype), v_bar.to(v.dtype)
-        inner = _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
+        wide_y = (z.to(torch.float64) - centre) * scale
+        if amplified is not None:
+            from_q, columns = _attend.exact_cotangents(q, z, g, v, weights, sigma_bar, centre, scale, xp)
+            y_bar = torch.where(amplified, from_q - columns * wide_y, y_bar)
         if of_gram:
-            y_bar, inner = y_bar + _attend.gram_cotangent(y, system, inner, xp), None
-        return q_bar, scale * y_bar, v_bar, inner
+            y_bar = y_bar + _attend.gram_cotangent(wide_y, system, sigma_bar, weights, xp)
+        inner = None if of_gram else _attend.inner_cotangent(system, w_bar, sigma_bar, sums, weights)
+        return q_bar, (scale * y_bar).to(z.dtype), v_bar, inner
 
 
 def _solved(
     x: Tensor, y: Tensor, v: Tensor, core: Any, system: Tensor | None, most: int, given: tuple[Any, ...]
-) -> tuple[Tensor, Tensor]:
-    """σ = Cᵀv and w, by the kernels, of what q, z, v, centre and scale as ``given`` are made to."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As ``_attend.solved`` has them, by the kernels, of what q, z, v, centre and scale as ``given`` are made to."""
 
     def exact(_: Tensor) -> Tensor:
         q, z, v, centre, scale = given

@@ -126,9 +126,9 @@ def softmax_free_attention(
     eps·‖z − z̄‖²/ℓ²). Should rounding exceed the ridge, A + δ I may cease to be positive definite, and ``pinv_newton``
     answers NaN for that batch element.
 
-    In float32 the derivative in the landmarks is right to 1e-5 for torch, however near to singular A + δ I is, of what
-    comes through C and through A; for JAX, and compiled for a GPU, to 1e-5 where landmarks nearly coincide, and to 1e-4
-    on lines and planes (docs/attention.md).
+    In float32 the derivative in the landmarks is right to 1e-5 for torch, however near to singular A + δ I is; for
+    JAX, and compiled for a GPU, to 1e-5 where landmarks nearly coincide, and to 1e-4 on lines and planes
+    (docs/attention.md).
 
     Examples
     --------
