@@ -156,6 +156,7 @@ TARGET static void NAME(wide_pass)(const struct attention *t, long element, long
     const long m = t->m, d = t->d, e = t->e, D = PADDED(d), E = PADDED(e), W = MOST(D, E), wide_e = w ? 2 * e : 0;
     const float *at = t->z + element * m * d, *centre = t->centre + element * d;
     float *q_room = TAKE(BLOCK * D), *v_room = TAKE(BLOCK * E), *g_room = TAKE(BLOCK * E);
+    float *transposed = TAKE(BLOCK * MOST(D, 2 * E));
     double *z = (double *)TAKE(2 * m * D), *half_z = (double *)TAKE(2 * m), *half_x = (double *)TAKE(2 * BLOCK);
     double *x = (double *)TAKE(2 * BLOCK * D), *x_t = (double *)TAKE(2 * BLOCK * D), *c = (double *)TAKE(2 * BLOCK * m);
     double *v = (double *)TAKE(4 * BLOCK * E), *both = (double *)TAKE(4 * m * E), *h = (double *)TAKE(2 * BLOCK * m);
@@ -175,13 +176,17 @@ TARGET static void NAME(wide_pass)(const struct attention *t, long element, long
         const long width = PADDED(p.count);
         const struct block q = NAME(read)(&t->q, p, d, q_room), of_v = NAME(read)(w ? &t->v : &t->summed, p, e, v_room);
         const struct block of_g = w ? NAME(read)(&t->g, p, e, g_room) : of_v;
-        memset(x, 0, sizeof(double) * BLOCK * D), memset(x_t, 0, sizeof(double) * BLOCK * D);
+        for (long i = 0; w && i < p.count; i++) NAME(widen)(D, q.at + i * q.stride, x + i * D);
+        for (long i = 0; w && i < p.count; i++)
+            for (long k = 0; k < D; k++) x[i * D + k] = k < d ? (x[i * D + k] - centre[k]) * t->scale : 0;
+        NAME(transpose)(p.count, D, q, transposed);
         for (long i = 0; i < width; i++) half_x[i] = 0;
-        for (long i = 0; i < p.count; i++)
-            for (long k = 0; k < d; k++) {
-                const double y = ((double)q.at[i * q.stride + k] - centre[k]) * t->scale;
-                x[i * D + k] = x_t[k * BLOCK + i] = y, half_x[i] += 0.5 * y * y;
-            }
+        for (long k = 0; k < d; k++) {
+            double *row = x_t + k * BLOCK;
+            NAME(widen)(width, transposed + k * BLOCK, row);
+            for (long i = 0; i < width; i++) row[i] = (row[i] - centre[k]) * t->scale;
+            for (long i = 0; i < width; i++) half_x[i] += 0.5 * row[i] * row[i];
+        }
         NAME(wide_product)(m, width, d, z, D, x_t, BLOCK, c, BLOCK);
         for (long j = 0; j < m; j++)
             for (long i = j * BLOCK, k = 0; k < width; i += LANES / 2, k += LANES / 2) {
@@ -195,14 +200,16 @@ TARGET static void NAME(wide_pass)(const struct attention *t, long element, long
             continue;
         }
         /* gw' + vs' is one product, of (g v) and (w s). */
-        for (long k = 0; k < e; k++)
-            for (long i = 0; i < width; i++) {
-                v[k * BLOCK + i] = i < p.count ? of_g.at[i * of_g.stride + k] : 0;
-                v[(e + k) * BLOCK + i] = i < p.count ? of_v.at[i * of_v.stride + k] : 0;
-            }
+        NAME(transpose)(p.count, E, of_g, transposed);
+        NAME(transpose)(p.count, E, of_v, transposed + e * BLOCK);
+        for (long k = 0; k < wide_e; k++) NAME(widen)(width, transposed + k * BLOCK, v + k * BLOCK);
         NAME(wide_product)(m, width, wide_e, both, wide_e, v, BLOCK, h, BLOCK);
-        for (long j = 0; j < m; j++)
-            for (long i = j * BLOCK; i < j * BLOCK + p.count; i++) h[i] *= c[i], columns[j] += h[i];
+        for (long j = 0; j < m; j++) {
+            wide sum = {0};
+            for (long i = j * BLOCK; i < j * BLOCK + width; i += LANES / 2)
+                *(wide *)(h + i) *= *(wide *)(c + i), sum += *(wide *)(h + i);
+            for (int i = 0; i < LANES / 2; i++) columns[j] += sum[i];
+        }
         NAME(wide_product)(m, D, p.count, h, BLOCK, x, D, of_block, D);
         for (long k = 0; k < m * D; k++) sums[k] += of_block[k];
     }
