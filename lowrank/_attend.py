@@ -20,7 +20,8 @@ can take the place of M: to solve with it is nearly as accurate, and one correct
 What is left is σ's own error. Rounding puts eps σⱼ into each row for itself, and M makes of that eps ‖M diag(‖σⱼ‖)‖,
 relative to ‖w‖ a number that can be had once w is there, and is the error of z̄ to a factor of two, from 5e-7 to 3e-3.
 Where it exceeds 1e-5, in float32 and if there is a way back, σ and w̄ are summed again with C and all else in double
-precision, and so is z̄, which leaves 5e-8. In the others sums are formed of a few terms at a time, which halves their error.
+precision, and so is z̄, which leaves 5e-8. In the others sums are formed of a few terms at a time, which halves their
+error.
 
 Where a point is a landmark, or nearly so, and others are far, Hz and diag(H1) q are large and their difference is not:
 there it is formed of the differences of points and landmarks, which are exact.
