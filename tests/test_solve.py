@@ -113,7 +113,8 @@ def test_any_kernel_will_do():
 
 def test_columns_are_independent_bit_for_bit(xp):
     x, y = problem(dtype=np.float32, columns=3)
-    options = {"kernel": gaussian(0.5), "ridge": 1e-3, "rank": 12, "landmarks": "uniform", "rng": 0}
+    # A ridge with which rounding in float32 is not in the way of the tolerance, whatever the order of sums.
+    options = {"kernel": gaussian(0.5), "ridge": 1e-2, "rank": 12, "landmarks": "uniform", "rng": 0}
     before = kernel_ridge(xp.asarray(x), xp.asarray(y), **options)
     y[:, 1] = np.random.default_rng(5).standard_normal(40)
     y[:, 2] = 0
