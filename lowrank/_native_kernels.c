@@ -230,7 +230,8 @@ static size_t room_of(const struct attention *t, int what)
     const size_t blocks = is_whole(what) ? (t->n + BLOCK - 1) / BLOCK : 1;
     const size_t of_element = m * (7 * E + 4 * W) + 2 * PADDED(m) + of_landmarks(t);
     const size_t of_blocks = BLOCK * (4 * D + 4 * E + W + m * (1 + blocks));
-    const size_t of_wide_pass = BLOCK * (5 * D + 6 * E + MOST(D, 2 * E) + 4 * m + 2) + m * (2 * D + 4 * E + 2 * W) + 2 * PADDED(m);
+    const size_t of_wide_blocks = BLOCK * (5 * D + 6 * E + MOST(D, 2 * E) + 4 * m + 2);
+    const size_t of_wide_pass = of_wide_blocks + m * (2 * D + 4 * E + 2 * W) + 2 * PADDED(m);
     const size_t of_solution = 8 * m * E;
     const size_t of_cotangents = what == BACKWARD ? (4 * E + 2 * m) * PADDED(m) + 4 * m * (D + E) : 0;
     const int widens = what == WIDE_SUMS || what == COTANGENTS || (is_whole(what) && t->most);
